@@ -1,0 +1,174 @@
+"""The layout as a table: logical axis -> mesh axes.
+
+Models name the axes of their weights and activations ("embed", "heads", ...); this table says
+where those axes live. Changing a layout is changing rows here, never a model.
+
+A rule places one mesh axis (or group) on one logical axis. Rules are tried in order; a mesh axis
+is used at most once per array, and a dimension that does not divide is passed over, so that a
+later rule can still place the mesh axis on another dimension of the same array. What stays whole
+although the mesh has an axis for it is listed by `report`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from bigmodel_jax import tree as trees
+from bigmodel_jax.errors import InputError, nearest
+
+Rules = tuple[tuple[str, tuple[str, ...]], ...]
+
+LOGICAL = (
+    "batch", "length", "vocab", "embed", "embed_act", "heads", "kv_heads", "head_dim", "mlp",
+    "layers", "norm", "conv_in", "conv_out", "classes", "spatial", "positions",
+)  # fmt: skip
+
+RULES: Rules = (
+    ("batch", ("data", "fsdp")),
+    ("batch", ("data",)),
+    ("batch", ("fsdp",)),
+    # Megatron: one dimension of every matrix, so that a pair of matmuls costs one all-reduce.
+    ("vocab", ("tensor",)),
+    ("heads", ("tensor",)),
+    ("kv_heads", ("tensor",)),
+    ("mlp", ("tensor",)),
+    ("conv_out", ("tensor",)),
+    ("classes", ("tensor",)),
+    # FSDP: the dimension that is gathered before use ...
+    ("embed", ("fsdp",)),
+    ("conv_in", ("fsdp",)),
+    # ... or, where that one does not divide (3 input channels, an odd width), another.
+    ("mlp", ("fsdp",)),
+    ("conv_out", ("fsdp",)),
+    ("vocab", ("fsdp",)),
+    ("heads", ("fsdp",)),
+    ("kv_heads", ("fsdp",)),
+    ("head_dim", ("fsdp",)),
+    ("positions", ("fsdp",)),
+    ("classes", ("fsdp",)),
+)
+
+# jit caches must see the active layout, or a function traced under one mesh would be reused
+# under another: hence a jax context and not a ContextVar of our own.
+_active = jax.make_user_context(default_value=None)
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh | None, rules: Rules = RULES) -> Iterator[None]:
+    """Make `mesh` the one that `constrain` refers to. None switches constraints off."""
+    with _active(None if mesh is None else (mesh, rules)):
+        yield
+
+
+def active() -> Mesh | None:
+    """The mesh of the innermost `use`, or None."""
+    return _active.value[0] if _active.value else None
+
+
+def _check(names: Sequence[str | None], shape: Sequence[int]) -> None:
+    if len(names) != len(shape):
+        raise ValueError(f"{len(names)} axis names {tuple(names)} for shape {tuple(shape)}")
+    for name in names:
+        if name is not None and name not in LOGICAL:
+            raise InputError(f"unknown logical axis '{name}'{nearest(name, LOGICAL)}")
+
+
+def spec(
+    axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: Rules = RULES
+) -> PartitionSpec:
+    """Where an array lives. Mesh axes of size 1 and trailing Nones are left out.
+
+    Args:
+      axes: one logical name (or None: never sharded) per dimension of `shape`.
+
+    Raises:
+      InputError: a name that is not in `LOGICAL`.
+      ValueError: `axes` and `shape` differ in length.
+    """
+    _check(axes, shape)
+    placed: list[tuple[str, ...]] = [()] * len(shape)
+    # An activation's fsdp axis belongs to its batch dimension, divisible or not: falling back to
+    # a feature dimension would trade a replicated batch for a gather in every layer.
+    used = {"data", "fsdp"} if "batch" in axes else set()
+    for logical, group in rules:
+        group = tuple(axis for axis in group if mesh.shape[axis] > 1)
+        for d, name in enumerate(axes):
+            if name != logical or not group:
+                continue
+            free = not placed[d] if name == "batch" else not used.intersection(group)
+            pieces = math.prod(mesh.shape[axis] for axis in placed[d] + group)
+            if free and shape[d] % pieces == 0:
+                placed[d] = placed[d] + group
+                used.update(group)
+    entries = [p[0] if len(p) == 1 else (p or None) for p in placed]
+    while entries and entries[-1] is None:
+        entries.pop()
+    return PartitionSpec(*entries)
+
+
+def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+    """Pin an activation to its layout; returns `x` itself without an active mesh."""
+    if _active.value is None:
+        return x
+    mesh, rules = _active.value
+    placed = spec(axes, x.shape, mesh, rules)
+    if mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, placed))
+
+
+def _is_axes(leaf: Any) -> bool:
+    return isinstance(leaf, (tuple, list)) and all(n is None or isinstance(n, str) for n in leaf)
+
+
+def shardings(axes: Any, shapes: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+    """Tree of NamedSharding.
+
+    Args:
+      axes: tree whose leaves are tuples of logical names.
+      shapes: same tree with arrays or ShapeDtypeStruct.
+    """
+    return jax.tree.map(
+        lambda a, s: NamedSharding(mesh, spec(a, s.shape, mesh, rules)),
+        axes,
+        shapes,
+        is_leaf=_is_axes,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """A leaf that some state-sharding mesh axis does not cut."""
+
+    path: str
+    shape: tuple[int, ...]
+    bytes_per_device: int
+    missing: tuple[str, ...]
+    """Mesh axes ("fsdp", "tensor") of size > 1 that hold equal copies of this leaf."""
+
+    def __str__(self) -> str:
+        kept = " and ".join(self.missing)
+        return f"{self.path} {self.shape}: {self.bytes_per_device} bytes, whole over {kept}"
+
+
+def report(axes: Any, shapes: Any, mesh: Mesh, rules: Rules = RULES) -> list[Whole]:
+    """Leaves of which fsdp or tensor hold copies, largest first. Empty: everything is cut."""
+    flat_axes = trees.flatten(axes, is_leaf=_is_axes)
+    wanted = [axis for axis in ("fsdp", "tensor") if mesh.shape[axis] > 1]
+    rows = []
+    for path, leaf in trees.flatten(shapes).items():
+        placed = spec(flat_axes[path], leaf.shape, mesh, rules)
+        used = set(jax.tree.leaves(tuple(placed)))
+        missing = tuple(axis for axis in wanted if axis not in used)
+        if missing:
+            cut = math.prod(mesh.shape[axis] for axis in used)
+            size = math.prod(leaf.shape) * leaf.dtype.itemsize // cut
+            rows.append(Whole(path, tuple(leaf.shape), size, missing))
+    return sorted(rows, key=lambda row: -row.bytes_per_device)
