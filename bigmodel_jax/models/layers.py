@@ -1,0 +1,128 @@
+"""Norms, activations, dropout and initialisers: numerics as plain functions.
+
+dtype policy: parameters live in `param_dtype`, matmuls run in `dtype`; norms, softmax and logits
+are computed in `wide(dtype)`, at least float32 and float64 where the input is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from bigmodel_jax.errors import InputError, nearest
+
+
+def wide(dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype in which precision matters: float32, or float64 if `dtype` is that."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def one_of(option: str, value: str, legal: tuple[str, ...]) -> None:
+    """Refuse an option value that is not in `legal`.
+
+    Raises:
+      InputError: names the option, its legal values and the nearest one.
+    """
+    if value not in legal:
+        raise InputError(f"{option}='{value}' is not one of {list(legal)}{nearest(value, legal)}")
+
+
+def layer_norm(
+    x: jax.Array, scale: jax.Array, bias: jax.Array | None = None, eps: float = 1e-5
+) -> jax.Array:
+    """Layer normalisation over the last axis (Ba et al. 2016). Same shape and dtype as `x`."""
+    y = x.astype(wide(x.dtype))
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps) * scale.astype(y.dtype)
+    return (y if bias is None else y + bias.astype(y.dtype)).astype(x.dtype)
+
+
+def rms_norm(
+    x: jax.Array, scale: jax.Array, bias: jax.Array | None = None, eps: float = 1e-5
+) -> jax.Array:
+    """Root-mean-square normalisation (Zhang and Sennrich 2019). Same shape and dtype as `x`."""
+    y = x.astype(wide(x.dtype))
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps) * scale.astype(y.dtype)
+    return (y if bias is None else y + bias.astype(y.dtype)).astype(x.dtype)
+
+
+NORMS = {"layernorm": layer_norm, "rmsnorm": rms_norm}
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """Gaussian error linear unit, tanh form (Hendrycks and Gimpel 2016)."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+def gelu_exact(x: jax.Array) -> jax.Array:
+    """Gaussian error linear unit, x * Phi(x) with erf."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+# name -> (pointwise function, whether a second matrix gates it: Shazeer 2020)
+ACTIVATIONS: dict[str, tuple[Callable[[jax.Array], jax.Array], bool]] = {
+    "gelu": (gelu, False),
+    "gelu_exact": (gelu_exact, False),
+    "relu": (jax.nn.relu, False),
+    "swiglu": (jax.nn.silu, True),
+    "geglu": (gelu, True),
+}
+
+
+def softcap(x: jax.Array, cap: float) -> jax.Array:
+    """cap * tanh(x / cap) (Gemma 2, section 2); cap 0 returns `x`."""
+    return cap * jnp.tanh(x / cap) if cap else x
+
+
+def fold(keys: jax.Array | None, number: int | jax.Array) -> jax.Array | None:
+    """One key per row, [B], each folded with `number`."""
+    return None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+
+
+def dropout(x: jax.Array, keys: jax.Array | None, rate: float) -> jax.Array:
+    """Zero a share `rate` of x [B, ...] and scale up the rest (Srivastava et al. 2014).
+
+    Args:
+      keys: one typed key per row, [B]: the mask of a row depends on nothing else, so it is the same
+        on every mesh and for every microbatch size. None: no dropout.
+    """
+    if keys is None or rate == 0.0:
+        return x
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, x.shape[1:]))(keys)
+    return jnp.where(kept, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))
+
+
+INITS = ("normal", "truncated", "fan_in")
+
+
+def initializer(kind: str, std: float, fan_in: int, scale: float = 1.0) -> Callable:
+    """Initialiser of a weight matrix.
+
+    normal: N(0, std^2) (GPT-2); truncated: the same cut at two sigma (BERT); fan_in: std is
+    1 / sqrt(fan_in) instead (LeCun), cut at two sigma. `scale` multiplies the result.
+    """
+    std = scale * (fan_in**-0.5 if kind == "fan_in" else std)
+    if kind == "normal":
+        return nn.initializers.normal(std)
+    # 0.8796 is the standard deviation of a unit normal cut at +-2.
+    return nn.initializers.truncated_normal(std / (0.87962566 if kind == "fan_in" else 1.0))
+
+
+class NormParameters(nn.Module):
+    """Parameters `scale` and, if `use_bias`, `bias` (else None) of a norm over `size` features."""
+
+    use_bias: bool
+    param_dtype: jnp.dtype = jnp.float32
+    axis: str = "norm"
+
+    @nn.compact
+    def __call__(self, size: int) -> tuple[jax.Array, jax.Array | None]:
+        ones, zeros = nn.initializers.ones, nn.initializers.zeros
+        box = nn.with_partitioning
+        scale = self.param("scale", box(ones, (self.axis,)), (size,), self.param_dtype)
+        if not self.use_bias:
+            return scale, None
+        return scale, self.param("bias", box(zeros, (self.axis,)), (size,), self.param_dtype)

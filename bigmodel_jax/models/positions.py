@@ -1,0 +1,79 @@
+"""Positions as numbers added to embeddings, rotations of queries and keys, or biases of scores."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def sinusoidal(positions: jax.Array, dim: int, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    """Sines, then cosines, of geometric frequencies (Vaswani et al. 2017, section 3.5).
+
+    Args:
+      positions: [...] integers.
+      dim: D; an odd last column is zero.
+
+    Returns:
+      [..., D] in `dtype`.
+    """
+    half = dim // 2
+    exponent = jnp.arange(half, dtype=dtype) / max(half - 1, 1)
+    angles = positions[..., None].astype(dtype) * jnp.exp(-math.log(10_000.0) * exponent)
+    table = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    return jnp.pad(table, [(0, 0)] * positions.ndim + [(0, dim - 2 * half)])
+
+
+def rotary_table(
+    positions: jax.Array, rotary_dim: int, theta: float, dtype: jnp.dtype = jnp.float32
+) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines [..., rotary_dim / 2] of RoPE (Su et al. 2021, eq. 15)."""
+    exponent = jnp.arange(0, rotary_dim, 2, dtype=dtype) / rotary_dim
+    angles = positions[..., None].astype(dtype) * theta**-exponent
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(
+    x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool = False
+) -> jax.Array:
+    """Rotate the first 2 * cos.shape[-1] features of each head; the rest pass through.
+
+    Args:
+      x: [B, L, H, K].
+      cos, sin: [B or 1, L, R / 2].
+      interleaved: pairs are (0, 1), (2, 3), ... as in the paper; otherwise (0, R/2), (1, R/2 + 1),
+        ... as in the Llama and NeoX weights.
+
+    Returns:
+      same shape and dtype; computed in at least float32.
+    """
+    half = cos.shape[-1]
+    c, s = cos[:, :, None, :], sin[:, :, None, :]
+    wide = x[..., : 2 * half].astype(jnp.promote_types(x.dtype, jnp.float32))
+    if interleaved:
+        a, b = wide[..., 0::2], wide[..., 1::2]
+    else:
+        a, b = wide[..., :half], wide[..., half:]
+    first, second = a * c - b * s, a * s + b * c
+    if interleaved:
+        turned = jnp.stack([first, second], axis=-1).reshape(wide.shape)
+    else:
+        turned = jnp.concatenate([first, second], axis=-1)
+    turned = turned.astype(x.dtype)
+    if 2 * half == x.shape[-1]:
+        return turned
+    return jnp.concatenate([turned, x[..., 2 * half :]], axis=-1)
+
+
+def alibi_slopes(heads: int) -> np.ndarray:
+    """Slopes [H] of attention with linear biases (Press et al. 2022), float64.
+
+    A power of two gets 2^(-8/H), 2^(-16/H), ...; for other counts the paper's code takes the
+    slopes of the power below and fills up with every other slope of the power above.
+    """
+    below = 2 ** math.floor(math.log2(heads))
+    slopes = 2.0 ** (-8.0 / below * np.arange(1, below + 1))
+    extra = 2.0 ** (-8.0 / (2 * below) * np.arange(1, 2 * below + 1))[0::2]
+    return np.concatenate([slopes, extra[: heads - below]])

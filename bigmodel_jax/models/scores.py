@@ -1,0 +1,118 @@
+"""The arithmetic of attention on one tile of queries and keys, shared by the pure-JAX backends.
+
+Shapes: B batch, L queries, M keys, G key-value groups, R heads per group, H = G R, K head dim.
+A tile is (i0, rows, j0, cols): queries i0 .. i0 + rows against keys j0 .. j0 + cols.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from bigmodel_jax.models.masks import Index, Mask
+from bigmodel_jax.models.positions import alibi_slopes
+
+Tile = tuple[Index, int, int, int]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Static side of attention: scores are softcap(scale q k^T) - slope |i - j|."""
+
+    scale: float
+    softcap: float = 0.0
+    alibi: bool = False
+    dropout: float = 0.0
+
+
+def biases(mask: Mask, rule: Rule, heads: int, tile: Tile, dtype: jnp.dtype) -> jax.Array:
+    """ALiBi biases [B or 1, H, rows, cols]."""
+    slopes = jnp.asarray(alibi_slopes(heads), dtype)[:, None, None]
+    return -slopes * jnp.abs(mask.distance(*tile))[:, None].astype(dtype)
+
+
+def kept(keys: jax.Array, rule: Rule, heads: int, tile: Tile, memory: int) -> jax.Array:
+    """Dropout factors 0 or 1 / (1 - rate), bool [B, H, rows, cols].
+
+    One key per row and query: a tile's mask is a cut of the whole mask, whatever the tiling.
+    """
+    i0, rows, j0, cols = tile
+
+    def row(key: jax.Array, i: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(key, i)
+        return jax.random.bernoulli(key, 1.0 - rule.dropout, (heads, memory))[:, j0 : j0 + cols]
+
+    over_queries = jax.vmap(row, (None, 0), 1)
+    return jax.vmap(over_queries, (0, None))(keys, i0 + jnp.arange(rows))
+
+
+def split(q: jax.Array, groups: int) -> jax.Array:
+    """[B, L, H, K] -> [B, L, G, R, K]."""
+    b, length, heads, k = q.shape
+    return q.reshape(b, length, groups, heads // groups, k)
+
+
+def scores(
+    q: jax.Array, k: jax.Array, mask: Mask, rule: Rule, tile: Tile, bias: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """(scores, capped scores before biases), both [B, G, R, rows, cols], at least float32.
+
+    Args:
+      q: [B, rows, G, R, K]; k: [B, cols, G, K]: already cut to the tile.
+      bias: [B or 1, H or 1, rows, cols].
+
+    Hidden keys score -inf.
+    """
+    high = jnp.promote_types(q.dtype, jnp.float32)
+    raw = jnp.einsum("blgrk,bmgk->bgrlm", q, k, preferred_element_type=high) * rule.scale
+    capped = rule.softcap * jnp.tanh(raw / rule.softcap) if rule.softcap else raw
+    s = capped
+    groups, per = s.shape[1:3]
+    if rule.alibi:
+        line = biases(mask, rule, groups * per, tile, high)
+        s = s + line.reshape(line.shape[0], groups, per, *line.shape[2:])
+    if bias is not None:
+        full = jnp.broadcast_to(bias, (bias.shape[0], groups * per, *bias.shape[2:]))
+        s = s + full.reshape(bias.shape[0], groups, per, *bias.shape[2:]).astype(high)
+    visible = mask.visible(*tile)
+    if visible is not None:
+        s = jnp.where(visible[:, None, None], s, -jnp.inf)
+    return s, capped
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask,
+    rule: Rule,
+    tile: Tile,
+    bias: jax.Array | None = None,
+    keys: jax.Array | None = None,
+    memory: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Softmax attention of one tile that holds all the keys its queries can see.
+
+    Args:
+      q: [B, rows, H, K]; k, v: [B, cols, G, K]: already cut to the tile.
+      keys: dropout keys [B]; memory: M of the whole, for their masks.
+
+    Returns:
+      out [B, rows, H, K] in q's dtype, and log-sum-exp of the scores [B, G, R, rows], -inf where
+      a query sees nothing.
+    """
+    s, _ = scores(split(q, k.shape[2]), k, mask, rule, tile, bias)
+    top = jnp.max(s, axis=-1, keepdims=True)
+    top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
+    e = jnp.exp(s - top)
+    total = jnp.sum(e, axis=-1, keepdims=True)
+    seen = total > 0
+    lse = jnp.where(seen, jnp.log(jnp.where(seen, total, 1.0)) + top, -jnp.inf)[..., 0]
+    p = e / jnp.where(seen, total, 1.0)
+    if rule.dropout:
+        keep = kept(keys, rule, q.shape[2], tile, k.shape[1] if memory is None else memory)
+        p = jnp.where(keep.reshape(p.shape), p / (1.0 - rule.dropout), 0.0)
+    out = jnp.einsum("bgrlm,bmgk->blgrk", p.astype(v.dtype), v, preferred_element_type=p.dtype)
+    return out.reshape(q.shape[:3] + v.shape[3:]).astype(q.dtype), lse
