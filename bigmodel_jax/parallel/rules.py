@@ -172,3 +172,30 @@ def report(axes: Any, shapes: Any, mesh: Mesh, rules: Rules = RULES) -> list[Who
             size = math.prod(leaf.shape) * leaf.dtype.itemsize // cut
             rows.append(Whole(path, tuple(leaf.shape), size, missing))
     return sorted(rows, key=lambda row: -row.bytes_per_device)
+
+
+def batch_pieces(rows: int) -> int:
+    """Pieces that the active mesh cuts `rows` batch rows into; 1 without a mesh or an even cut."""
+    mesh = active()
+    if mesh is None:
+        return 1
+    pieces = math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
+    return pieces if rows % pieces == 0 else 1
+
+
+def pin_pieces(tree: Any) -> Any:
+    """Place leaves [pieces, ...], one piece on each batch shard; other dimensions stay free.
+
+    A weight broadcast to [pieces, ...] and pinned so is gathered once, and its gradient stays
+    local to the shard until it is summed over the first dimension, also inside a loop.
+    """
+    mesh = active()
+    if mesh is None or mesh.size == 1:
+        return tree
+    axes = tuple(axis for axis in ("data", "fsdp") if mesh.shape[axis] > 1)
+
+    def pin(x: jax.Array) -> jax.Array:
+        free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(axes or None, *free)))
+
+    return jax.tree.map(pin, tree)
