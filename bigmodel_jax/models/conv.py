@@ -8,16 +8,20 @@ kernels are [K, K, C, O] however the product is taken.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from bigmodel_jax.errors import InputError
+from bigmodel_jax.parallel.rules import active
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
+ROWS = 4096
 NHWC = ("NHWC", "HWIO", "NHWC")
 
 
@@ -90,25 +94,105 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, pads: Pads | None = N
 
     Returns:
       [B, H', W', O]. The platform is looked up when the program is lowered, not when it is traced,
-      so a program compiled here for an accelerator gets the accelerator's convolution.
+      so a program compiled here for an accelerator gets the accelerator's convolution. Reverse-mode
+      differentiable.
     """
-    kh, kw, c, _ = kernel.shape
-    pads = same(kh) if pads is None else pads
-    positions = _out(x.shape[1], kh, stride, pads[0]) * _out(x.shape[2], kw, stride, pads[1])
-    if not prefers_patches(positions, max(kh, kw), c):
-        return lax_conv(x, kernel, stride, pads)
+    pads = same(kernel.shape[0]) if pads is None else pads
+    return _conv(x, kernel, stride, pads)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _conv(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads) -> jax.Array:
     return lax.platform_dependent(
         x,
         kernel,
-        cpu=lambda a, b: patch_conv(a, b, stride, pads),
+        cpu=lambda a, b: cpu_conv(a, b, stride, pads),
         default=lambda a, b: lax_conv(a, b, stride, pads),
     )
+
+
+def _forward(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads) -> tuple[jax.Array, tuple]:
+    return _conv(x, kernel, stride, pads), (x, kernel)
+
+
+def _backward(stride: int, pads: Pads, kept: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def default(x: jax.Array, kernel: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jax.vjp(lambda a, b: lax_conv(a, b, stride, pads), x, kernel)[1](dy)
+
+    return lax.platform_dependent(
+        *kept, dy, cpu=lambda x, k, d: cpu_gradients(x, k, d, stride, pads), default=default
+    )
+
+
+_conv.defvjp(_forward, _backward)
+
+
+def cpu_conv(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads) -> jax.Array:
+    """The faster forward convolution on XLA:CPU."""
+    way = patch_conv if _small(x.shape, kernel.shape, stride, pads) else lax_conv
+    return way(x, kernel, stride, pads)
+
+
+def _small(x: tuple[int, ...], kernel: tuple[int, ...], stride: int, pads: Pads) -> bool:
+    positions = _out(x[1], kernel[0], stride, pads[0]) * _out(x[2], kernel[1], stride, pads[1])
+    return prefers_patches(positions, max(kernel[:2]), kernel[2])
+
+
+def cpu_gradients(
+    x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: int, pads: Pads
+) -> tuple[jax.Array, jax.Array]:
+    """(dx, dkernel) on XLA:CPU, the same sums as the gradients of `lax_conv`."""
+    small = _small(x.shape, kernel.shape, stride, pads)
+    way = patch_conv if small else lax_conv
+    (dx,) = jax.vjp(lambda a: way(a, kernel, stride, pads), x)[1](dy)
+    mesh = active()
+    if not small and prefers_rows(dy.shape, kernel.shape, stride) and (mesh is None or mesh.size == 1):
+        return dx, rows_kernel_gradient(x, dy, kernel.shape, pads)
+    return dx, jax.vjp(lambda b: way(x, b, stride, pads), kernel)[1](dy)[0]
+
+
+def prefers_rows(dy: tuple[int, ...], kernel: tuple[int, ...], stride: int) -> bool:
+    """Whether `rows_kernel_gradient` beats XLA:CPU's own.
+
+    Measured as above, kernel gradient alone, ms (lax.conv / rows): 64 channels 32x32, B 16: 37 / 17;
+    16 channels 28x28, B 64: 12 / 6; 128 channels 16x16, B 16: 15 / 17, but there lax.conv also needs
+    transposed copies of both operands (10).
+    """
+    return stride == 1 and max(kernel[:2]) == 3 and dy[1] * dy[2] >= 256
+
+
+def rows_kernel_gradient(x: jax.Array, dy: jax.Array, kernel: tuple[int, ...], pads: Pads) -> jax.Array:
+    """dkernel [K, K, C, O] of a stride 1 convolution as one product [K*C, rows] x [rows, K*O].
+
+    Column shifts are gathered on x's side and row shifts on dy's, so each side grows by K and not
+    one of them by K*K. Images go a few at a time, so that the gathered copies stay in the cache.
+
+    Args:
+      x: [B, H, W, C].
+      dy: [B, H', W', O].
+    """
+    kh, kw, c, o = kernel
+    b, h, w, _ = dy.shape
+    tall = x.shape[1] + sum(pads[0])  # = h + kh - 1
+    some = max(m for m in range(1, b + 1) if b % m == 0 and (m == 1 or m * h * w <= ROWS))
+    xs = jnp.pad(x, ((0, 0), *pads, (0, 0))).reshape(b // some, some, tall, w + kw - 1, c)
+    ds = jnp.pad(dy, ((0, 0), (kh - 1, kh - 1), (0, 0), (0, 0)))
+    ds = ds.reshape(b // some, some, h + 2 * (kh - 1), w, o)
+
+    def add(total: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        xi, di = part
+        across = jnp.concatenate([xi[:, :, j : j + w] for j in range(kw)], axis=-1)
+        down = jnp.concatenate([di[:, kh - 1 - i : kh - 1 - i + tall] for i in range(kh)], axis=-1)
+        return total + across.reshape(-1, kw * c).T @ down.reshape(-1, kh * o), None
+
+    total = lax.scan(add, jnp.zeros((kw * c, kh * o), x.dtype), (xs, ds))[0]
+    return total.reshape(kw, c, kh, o).transpose(2, 0, 1, 3)
 
 
 def max_pool(x: jax.Array, side: int = 3, stride: int = 2) -> jax.Array:
     """Maximum over side x side windows with `same` padding by -inf. [B, H, W, C] -> [B, H', W', C]."""
     window, strides = (1, side, side, 1), (1, stride, stride, 1)
-    low = jnp.array(-jnp.inf, x.dtype)
+    low = np.array(-np.inf, x.dtype)  # a constant: jax differentiates only a literal -inf
     return lax.reduce_window(x, low, lax.max, window, strides, ((0, 0), *same(side), (0, 0)))
 
 
