@@ -8,8 +8,9 @@ A source is written as one string:
     jsonl:PATH        every line is a JSON object whose `field` is a document
     tfds:NAME:SPLIT:FIELD   a TensorFlow data set
 
-Each file may be .gz; PATH may be a URL that fsspec opens (gs://, s3://, memory://). Text is UTF-8. What cannot be
-read as such is counted in a `Tally` with examples, or an InputError when `strict`; it never vanishes silently.
+Each file may be .gz; PATH may be a URL that fsspec opens (gs://, s3://, memory://). Text is UTF-8. What
+cannot be read as such is counted in a `Tally` with examples, or an InputError when `strict`; it never
+vanishes silently.
 """
 
 from __future__ import annotations
@@ -19,17 +20,20 @@ import glob
 import gzip
 import json
 import os
+import re
 import stat
 import sysconfig
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
+from bigmodel_jax.data.storage import filesystem, is_url
 from bigmodel_jax.errors import InputError, nearest
 
 TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
 _NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__"})
 _EXAMPLES = 5
+_TFDS = re.compile(r"([^:]+(?::\d+\.[\d.*]+)?):([^:]+(?:\[.*\])?):([^:\]]+)")  # name:1.0.0:train[:9%]:field
 
 
 @dataclasses.dataclass
@@ -49,7 +53,9 @@ class Tally:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One file of a corpus. `name` is relative to what the user gave, `stamp` changes when the file is rewritten."""
+    """One file of a corpus. `name` is relative to what the user gave, `stamp` changes when the file is
+    rewritten.
+    """
 
     name: str
     path: str
@@ -63,20 +69,14 @@ def printable(name: str) -> str:
     return name if name.isprintable() else ascii(name)
 
 
-def is_url(path: str) -> bool:
-    """True for what fsspec has to open."""
-    return "://" in path
-
-
 def open_binary(path: str) -> BinaryIO:
     """Open a local file or URL for reading; a missing or unreadable one is an InputError of one line."""
     try:
         if not is_url(path):
             return open(path, "rb")
-        import fsspec
-
-        return fsspec.open(path, "rb").open()
-    except (OSError, ImportError, ValueError) as error:
+        system, inner = filesystem(path)
+        return system.open(inner, "rb")
+    except OSError as error:
         raise unreadable(path, error) from None
 
 
@@ -104,10 +104,15 @@ def list_entries(specs: Sequence[str], *, tests: bool = False) -> list[Entry]:
     for spec in specs:
         found = _stdlib(tests) if spec == "stdlib" else _listed(spec)
         if not found:
-            raise InputError(f"source '{printable(spec)}' holds no files; give a file, a folder or a glob that matches some")
+            raise InputError(
+                f"source '{printable(spec)}' holds no files; give a file, a folder or a glob that "
+                "matches some"
+            )
         entries += found
     if not entries:
-        raise InputError("no source was given; name at least one, for example 'stdlib' or a folder of text files")
+        raise InputError(
+            "no source was given; name at least one, for example 'stdlib' or a folder of text files"
+        )
     return entries
 
 
@@ -120,8 +125,11 @@ def _stdlib(tests: bool) -> list[Entry]:
 def _listed(spec: str) -> list[Entry]:
     prefix, _, rest = spec.partition(":")
     if prefix == "tfds":
-        if len(rest.split(":")) != 3 or not all(rest.split(":")):
-            raise InputError(f"source '{printable(spec)}' should be tfds:NAME:SPLIT:FIELD, for example tfds:lm1b:train:text")
+        if not _TFDS.fullmatch(rest):
+            raise InputError(
+                f"source '{printable(spec)}' should be tfds:NAME:SPLIT:FIELD, for example "
+                "tfds:lm1b:train:text"
+            )
         return [Entry(rest, spec, 0, "", "tfds")]  # TFDS versions its data sets: the name is the identity
     kind, path = (prefix, rest) if prefix in ("lines", "jsonl") and not rest.startswith("//") else ("", spec)
     if not path:
@@ -134,7 +142,10 @@ def _listed(spec: str) -> list[Entry]:
     if os.path.lexists(path):
         return _entry(os.path.basename(path), path, kind)
     if not glob.has_magic(path):
-        raise InputError(f"source '{printable(spec)}' does not exist" + (nearest(spec, ["stdlib"]) if os.sep not in spec else ""))
+        raise InputError(
+            f"source '{printable(spec)}' does not exist"
+            + (nearest(spec, ["stdlib"]) if os.sep not in spec else "")
+        )
     matches = sorted(glob.glob(path, recursive=True), key=os.fsencode)
     return [entry for match in matches if not os.path.isdir(match) for entry in _entry(match, match, kind)]
 
@@ -171,18 +182,19 @@ def _kind(name: str) -> str:
 
 def _remote(url: str, kind: str) -> list[Entry]:
     try:
-        import fsspec
-
-        system, path = fsspec.core.url_to_fs(url)
+        system, path = filesystem(url)
         if glob.has_magic(path):
             paths = system.glob(path)
         else:
             paths = system.find(path) if system.isdir(path) else [path]
         paths = [p for p in sorted(paths) if not system.isdir(p)]
         return [
-            Entry(p, system.unstrip_protocol(p), int(system.size(p) or 0), str(system.ukey(p)), kind or _kind(p)) for p in paths
+            Entry(
+                p, system.unstrip_protocol(p), int(system.size(p) or 0), str(system.ukey(p)), kind or _kind(p)
+            )
+            for p in paths
         ]
-    except (OSError, ImportError, ValueError) as error:
+    except OSError as error:
         raise unreadable(url, error) from None
 
 
@@ -220,7 +232,9 @@ def _file(entry: Entry, field: str, strict: bool, tally: Tally) -> Iterator[tupl
                 if text is not None:
                     yield name, text
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{printable(entry.path)} is a damaged .gz file ({' '.join(str(error).split())}); copy it again") from None
+        raise InputError(
+            f"{printable(entry.path)} is a damaged .gz file ({' '.join(str(error).split())}); copy it again"
+        ) from None
     except OSError as error:
         raise unreadable(entry.path, error) from None
 
@@ -229,7 +243,13 @@ def _decode(data: bytes, name: str, strict: bool, tally: Tally) -> str | None:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        _reject("undecodable", name, f"byte {data[error.start]:#04x} at offset {error.start} is not UTF-8", strict, tally)
+        _reject(
+            "undecodable",
+            name,
+            f"byte {data[error.start]:#04x} at offset {error.start} is not UTF-8",
+            strict,
+            tally,
+        )
         return None
 
 
@@ -261,16 +281,18 @@ def _clean(text: str, name: str, strict: bool, tally: Tally) -> str | None:
 
 def _reject(reason: str, name: str, detail: str, strict: bool, tally: Tally) -> None:
     if strict:
-        raise InputError(f"{printable(name)}: {detail}; repair it, or allow such documents to be dropped and counted")
+        raise InputError(
+            f"{printable(name)}: {detail}; repair it, or allow such documents to be dropped and counted"
+        )
     tally.add(reason, f"{name}: {detail}")
 
 
 def _tfds(entry: Entry, strict: bool, tally: Tally) -> Iterator[tuple[str, str]]:
-    from bigmodel_jax.data import sources
+    from bigmodel_jax.data.tfds import tfds_documents
 
-    name, split, field = entry.name.split(":")
-    for position, value in enumerate(sources.tfds_documents(name, split, field)):
-        label, value = value if isinstance(value, tuple) else (f"{entry.name}[{position}]", value)
-        text = _decode(value, label, strict, tally) if isinstance(value, bytes) else _clean(value, label, strict, tally)
+    name, split, field = _TFDS.fullmatch(entry.name).groups()
+    for position, value in enumerate(tfds_documents(name, split, field)):
+        label = f"{entry.name}[{position}]"
+        text = _clean(value, label, strict, tally)
         if text is not None:
             yield label, text

@@ -1,15 +1,16 @@
 """Which documents of a corpus repeat an earlier one, exactly or nearly, in bounded memory.
 
-Exact: 128-bit digests, sorted. Near: MinHash signatures (Broder, 1997) of word n-grams, cut into bands so that similar
-documents share a bucket (locality-sensitive hashing: Indyk and Motwani, 1998), each candidate then verified by the
-share of equal signature entries, which estimates the Jaccard similarity J with a standard deviation of
-sqrt(J (1 - J) / permutations).
+Exact: 128-bit digests, sorted. Near: MinHash signatures (Broder, 1997) of word n-grams, cut into bands so
+that similar documents share a bucket (locality-sensitive hashing: Indyk and Motwani, 1998), each candidate
+then verified by the share of equal signature entries, which estimates the Jaccard similarity J with a
+standard deviation of sqrt(J (1 - J) / permutations).
 
-Both return, for every document, the position of the document it repeats, or -1 for those to keep. A document is dropped
-only for the sake of one that is kept: similarity is not passed on through chains.
+Both return, for every document, the position of the document it repeats, or -1 for those to keep. A
+document is dropped only for the sake of one that is kept: similarity is not passed on through chains.
 
-Memory: 16 bytes per document for digests; 24 bytes per document and one sort buffer of `memory` bytes for near-duplicates,
-with the signatures (4 bytes x permutations per document) in a memory-mapped file where the caller keeps them there.
+Memory: 16 bytes per document for digests; 24 bytes per document and one sort buffer of `memory` bytes for
+near-duplicates, with the signatures (4 bytes x permutations per document) in a memory-mapped file where the
+caller keeps them there.
 """
 
 from __future__ import annotations
@@ -28,11 +29,15 @@ _BLOCK = 512  # shingles hashed at once: 512 x 128 x 8 bytes stay in the L2 cach
 
 def digest(text: str) -> np.ndarray:
     """128-bit content hash of `text` as [2] uint64."""
-    return np.frombuffer(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest(), "<u8")
+    return np.frombuffer(
+        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest(), "<u8"
+    )
 
 
 def exact_duplicates(digests: np.ndarray) -> np.ndarray:
-    """digests [n, 2] uint64 -> [n] int64: position of the first document with the same digest, -1 for that one itself."""
+    """digests [n, 2] uint64 -> [n] int64: position of the first document with the same digest, -1 for that
+    one itself.
+    """
     count = len(digests)
     result = np.full(count, -1, np.int64)
     if count:
@@ -48,10 +53,12 @@ def exact_duplicates(digests: np.ndarray) -> np.ndarray:
 class MinHash:
     """How similarity is measured.
 
-    ngram: words (runs of letters, digits and underscores, lower-cased) per shingle; with `characters`, characters
+    ngram: words (runs of letters, digits and underscores, lower-cased) per shingle; with `characters`,
+        characters
         per shingle instead, for text written without spaces.
     threshold: estimated Jaccard similarity of two shingle sets from which on the later document is dropped.
-    permutations: signature length. bands: signature cuts; 0 takes the fewest that miss under 1% at the threshold.
+    permutations: signature length. bands: signature cuts; 0 takes the fewest that miss under 1% at the
+    threshold.
     """
 
     ngram: int = 5
@@ -72,7 +79,9 @@ class MinHash:
 
     @property
     def layout(self) -> tuple[int, int]:
-        """(bands, rows per band). A pair of similarity J shares a bucket with probability 1 - (1 - J^rows)^bands."""
+        """(bands, rows per band). A pair of similarity J shares a bucket with probability 1 - (1 -
+        J^rows)^bands.
+        """
         if self.bands:
             return self.bands, self.permutations // self.bands
         for rows in range(self.permutations, 0, -1):
@@ -85,7 +94,7 @@ class MinHash:
         """Signature [permutations] uint32 of one text; all EMPTY where it holds no shingle."""
         shingles = self.shingles(text)
         low = np.full(self.permutations, np.uint64(EMPTY) << np.uint64(32), np.uint64)
-        random = np.random.Generator(np.random.PCG64(self.seed))
+        random = np.random.Generator(np.random.PCG64(self.seed % (1 << 64)))
         scale = random.integers(0, 1 << 63, self.permutations, np.uint64) * np.uint64(2) + np.uint64(1)
         shift = random.integers(0, 1 << 63, self.permutations, np.uint64)
         for start in range(0, len(shingles), _BLOCK):
@@ -94,7 +103,9 @@ class MinHash:
         return (low >> np.uint64(32)).astype(np.uint32)
 
     def shingles(self, text: str) -> np.ndarray:
-        """64-bit hashes of the distinct shingles of one text. A text shorter than one shingle is one shingle."""
+        """64-bit hashes of the distinct shingles of one text. A text shorter than one shingle is one
+        shingle.
+        """
         points = np.frombuffer(text.lower().encode("utf-32-le", "surrogatepass"), "<u4")
         units = mix64(points.astype(np.uint64)) if self.characters else _word_hashes(points)
         if not len(units):
@@ -117,11 +128,13 @@ def mix64(x: np.ndarray) -> np.ndarray:
 def _word_hashes(points: np.ndarray) -> np.ndarray:
     """Hash of each word of a text given as code points [n] uint32, in order.
 
-    A word's hash is the sum over its characters of mix(character, place in the word), so a running sum over the text
-    gives all of them at once.
+    A word's hash is the sum over its characters of mix(character, place in the word), so a running sum over
+    the text gives all of them at once.
     """
     distinct, inverse = np.unique(points, return_inverse=True)
-    letters = np.fromiter((chr(p).isalnum() or p == 0x5F for p in distinct.tolist()), bool, len(distinct))[inverse]
+    letters = np.fromiter((chr(p).isalnum() or p == 0x5F for p in distinct.tolist()), bool, len(distinct))[
+        inverse
+    ]
     edges = np.flatnonzero(np.diff(np.concatenate([[False], letters, [False]])))
     starts, ends = edges[0::2], edges[1::2]
     if not len(starts):
@@ -129,15 +142,19 @@ def _word_hashes(points: np.ndarray) -> np.ndarray:
     begin = np.zeros(len(points), np.int64)
     begin[starts] = starts
     place = np.arange(len(points)) - np.maximum.accumulate(begin)
-    values = np.where(letters, mix64(points.astype(np.uint64) << np.uint64(32) | place.astype(np.uint64)), np.uint64(0))
+    values = np.where(
+        letters, mix64(points.astype(np.uint64) << np.uint64(32) | place.astype(np.uint64)), np.uint64(0)
+    )
     running = np.concatenate([np.zeros(1, np.uint64), np.cumsum(values, dtype=np.uint64)])
     return mix64(running[ends] - running[starts])
 
 
 def near_duplicates(signatures: np.ndarray, settings: MinHash, *, memory: int = 256 << 20) -> np.ndarray:
-    """signatures [n, permutations] uint32 (an array or a memory map) -> [n] int64: the kept document repeated, or -1.
+    """signatures [n, permutations] uint32 (an array or a memory map) -> [n] int64: the kept document
+    repeated, or -1.
 
-    memory: bytes for the sort buffer; more documents than fit are sorted in several passes over the signatures.
+    memory: bytes for the sort buffer; more documents than fit are sorted in several passes over the
+    signatures.
     """
     count = len(signatures)
     group = np.arange(count)
@@ -152,8 +169,12 @@ def near_duplicates(signatures: np.ndarray, settings: MinHash, *, memory: int = 
     return _keep_first(signatures, group, settings)
 
 
-def _bucket_keys(signatures: np.ndarray, columns: slice, passes: int, part: int) -> tuple[np.ndarray, np.ndarray]:
-    """Band hashes of the documents whose hash falls to this pass, and their positions; texts without shingles left out."""
+def _bucket_keys(
+    signatures: np.ndarray, columns: slice, passes: int, part: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Band hashes of the documents whose hash falls to this pass, and their positions; texts without
+    shingles left out.
+    """
     keys, members = [], []
     for start in range(0, len(signatures), 1 << 16):
         block = np.asarray(signatures[start : start + (1 << 16)])
@@ -163,7 +184,11 @@ def _bucket_keys(signatures: np.ndarray, columns: slice, passes: int, part: int)
         chosen = np.flatnonzero((key % np.uint64(passes) == part) & (block[:, 0] != EMPTY))
         keys.append(key[chosen])
         members.append(chosen + start)
-    return (np.concatenate(keys), np.concatenate(members)) if keys else (np.zeros(0, np.uint64), np.zeros(0, np.int64))
+    return (
+        (np.concatenate(keys), np.concatenate(members))
+        if keys
+        else (np.zeros(0, np.uint64), np.zeros(0, np.int64))
+    )
 
 
 def _buckets(keys: np.ndarray, members: np.ndarray) -> list[np.ndarray]:
@@ -183,7 +208,7 @@ def _root(group: np.ndarray, position: int) -> int:
 
 
 def _join(bucket: np.ndarray, signatures: np.ndarray, settings: MinHash, group: np.ndarray) -> None:
-    """Join the members of one bucket that are similar enough to its leader; the rest elect the next leader."""
+    """Join the members of a bucket that are similar enough to its leader; the rest elect the next."""
     while len(bucket) > 1:
         leader = np.asarray(signatures[bucket[0]])
         similar = np.empty(len(bucket) - 1, bool)
@@ -199,7 +224,7 @@ def _join(bucket: np.ndarray, signatures: np.ndarray, settings: MinHash, group: 
 
 
 def _keep_first(signatures: np.ndarray, group: np.ndarray, settings: MinHash) -> np.ndarray:
-    """Within each joined group, in document order: keep a document unless it is similar to one already kept."""
+    """Within each joined group, in document order: keep a document unless similar to one already kept."""
     result = np.full(len(group), -1, np.int64)
     roots = np.array([_root(group, position) for position in range(len(group))], np.int64)
     for members in _buckets(roots.astype(np.uint64), np.arange(len(group))):

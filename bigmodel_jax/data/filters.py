@@ -37,7 +37,10 @@ class Filters:
             if getattr(self, name) < 0:
                 raise InputError(f"{name} should not be negative, it is {getattr(self, name)}")
         if self.max_characters and self.max_characters < self.min_characters:
-            raise InputError(f"max_characters {self.max_characters} is below min_characters {self.min_characters}: nothing would be left")
+            raise InputError(
+                f"max_characters {self.max_characters} is below min_characters "
+                f"{self.min_characters}: nothing would be left"
+            )
 
     def reason(self, text: str) -> str | None:
         """Why `text` is dropped, or None to keep it."""
@@ -61,7 +64,9 @@ class Filters:
 
 
 def shares(text: str) -> tuple[float, float]:
-    """(share of characters that print or are white space, share of letters among those that are not white space)."""
+    """(share of characters that print or are white space, share of letters among those that are not white
+    space).
+    """
     counts = collections.Counter(text)
     solid = sum(n for c, n in counts.items() if not c.isspace())
     letters = sum(n for c, n in counts.items() if c.isalpha())
@@ -78,5 +83,7 @@ def repeated_lines(text: str) -> float:
 def normaliser(name: str):
     """The function text -> text called `name`: "none" or "nfc" (Unicode canonical composition)."""
     if name not in NORMALISE:
-        raise InputError(f"normalise '{name}' is unknown; choose from {', '.join(NORMALISE)}{nearest(name, NORMALISE)}")
+        raise InputError(
+            f"normalise '{name}' is unknown; choose from {', '.join(NORMALISE)}{nearest(name, NORMALISE)}"
+        )
     return (lambda text: text) if name == "none" else (lambda text: unicodedata.normalize("NFC", text))

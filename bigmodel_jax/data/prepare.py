@@ -1,10 +1,11 @@
 """From a corpus to token shards: read, filter, deduplicate, split, tokenise; once, whatever interrupts it.
 
-Work happens in a hidden folder beside the result and the result appears by one rename, so a prepared directory is always
-complete. A rerun after a kill continues from the last finished stage or shard and ends with the same bytes. A rerun on a
-complete directory compares the settings and the (name, size, modification time) of every input file with what the
-directory was made from, and the sizes of the shards with meta.json, which takes milliseconds. Where file times differ
-the content is read and compared. Settings or content that differ are refused unless `rebuild` is given.
+Work happens in a hidden folder beside the result and the result appears by one rename, so a prepared
+directory is always complete. A rerun after a kill continues from the last finished stage or shard and ends
+with the same bytes. A rerun on a complete directory compares the settings and the (name, size, modification
+time) of every input file with what the directory was made from, and the sizes of the shards with meta.json,
+which takes milliseconds. Where file times differ the content is read and compared. Settings or content that
+differ are refused unless `rebuild` is given.
 """
 
 from __future__ import annotations
@@ -16,50 +17,28 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from bigmodel_jax.data import dedup
-from bigmodel_jax.data.corpus import Entry, Tally, is_url, list_entries, printable, read_bytes, read_documents
-from bigmodel_jax.data.filters import Filters, normaliser
+from bigmodel_jax.data.corpus import Entry, list_entries, printable, read_bytes
+from bigmodel_jax.data.filters import Filters
+from bigmodel_jax.data.selection import Progress, Recipe, content_hash, deduplicate, read_into, split
 from bigmodel_jax.data.shards import Spool, token_dtype, write_file, write_split
-from bigmodel_jax.data.tokenizer import KINDS, MODEL_FILE, SAMPLE_BYTES, Tokenizer, load_tokenizer, train_tokenizer
-from bigmodel_jax.errors import InputError, nearest
+from bigmodel_jax.data.storage import is_url
+from bigmodel_jax.data.tokenizer import (
+    KINDS,
+    MODEL_FILE,
+    SAMPLE_BYTES,
+    Tokenizer,
+    load_tokenizer,
+    train_tokenizer,
+)
+from bigmodel_jax.errors import InputError, RunError, nearest
 
 VERSION = 1
-SPLITS = ("train", "validation")
-Progress = Callable[[str, int, int], None]  # stage, done, total (0: not known); bytes, except for "dedup" (documents)
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """Every setting that determines the content of a prepared directory, inputs apart."""
-
-    tokenizer: str
-    vocab_size: int
-    pieces: str
-    validation_fraction: float
-    seed: int
-    normalise: str
-    field: str
-    filters: Filters
-    dedup_exact: bool
-    near: dedup.MinHash | None
-    shard_tokens: int
-    strict: bool
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.validation_fraction < 1.0:
-            raise InputError(f"validation_fraction {self.validation_fraction} should be at least 0 and below 1")
-        if self.shard_tokens < 1:
-            raise InputError(f"shard_tokens {self.shard_tokens} should be at least 1")
-        normaliser(self.normalise)
-
-    def as_dict(self) -> dict[str, Any]:
-        """The settings as JSON holds them."""
-        return dataclasses.asdict(self)
 
 
 def prepare(
@@ -94,41 +73,52 @@ def prepare(
     """Write the token shards of a corpus to `out_dir` and return its meta.json.
 
     source_spec: one source or several; see bigmodel_jax.data.corpus.
-    tokenizer: "bpe", "unigram" or "bytes" to train one on the train split, or the path of a SentencePiece model or of a
-        prepared directory to take its tokenizer. vocab_size, pieces: see train_tokenizer.
-    validation_fraction: share of documents held out, chosen by a hash of their text and `seed`, so that adding documents
-        moves none. Where chance leaves a split empty, one document is moved and the report says so; a corpus of one
-        document is an InputError. 0 makes no validation split.
+    tokenizer: "bpe", "unigram" or "bytes" to train one on the train split, or the path of a SentencePiece
+        model or of a prepared directory to take its tokenizer. vocab_size, pieces: see train_tokenizer.
+    validation_fraction: share of documents held out, chosen by a hash of their text and `seed`, so that
+        adding documents moves none. Where chance leaves a split empty, one document is moved and the report
+        says so; a corpus of one document is an InputError. 0 makes no validation split.
     normalise: "none" or "nfc". field: the JSONL field. tests: with "stdlib", read its test folders too.
     min_characters ... max_repeated_lines: see bigmodel_jax.data.filters.Filters.
-    dedup_exact, dedup_near: keep the first of equal / similar documents; near_*: see bigmodel_jax.data.dedup.MinHash.
+    dedup_exact, dedup_near: keep the first of equal / similar documents; near_*: see dedup.MinHash.
     shard_tokens: tokens at which a shard is closed. strict: a document that cannot be decoded is an error.
     rebuild: replace a directory that was prepared otherwise.
-    progress: called as progress(stage, done, total); stages "wait", "read", "dedup", "tokenizer", "train", "validation".
+    progress: called as progress(stage, done, total), total 0 where it is not known; stages "wait" (seconds),
+        "read", "tokenizer", "train", "validation" (bytes) and "dedup" (documents).
     wait_s: seconds to wait for another process that prepares the same directory.
 
-    Raises InputError (one line) for what cannot be used: sources, settings, an occupied or unwritable `out_dir`.
+    Raises InputError (one line) for what cannot be used: sources, settings, an occupied or unwritable
+    `out_dir`; RunError where another process holds the directory for longer than `wait_s`.
     """
     out_dir = os.path.expanduser(os.fspath(out_dir))
     if is_url(out_dir):
         raise InputError(f"cannot prepare into {out_dir}: prepare to a local directory and copy it there")
-    filters = Filters(min_characters, max_characters, min_printable, min_alphabetic, max_line, max_repeated_lines)
-    near = dedup.MinHash(near_ngram, near_threshold, characters=near_characters, seed=seed) if dedup_near else None
+    filters = Filters(
+        min_characters, max_characters, min_printable, min_alphabetic, max_line, max_repeated_lines
+    )
+    near = None
+    if dedup_near:
+        near = dedup.MinHash(near_ngram, near_threshold, characters=near_characters, seed=seed)
     given = _given_tokenizer(tokenizer)
     if given:
-        tokenizer, vocab_size, pieces = f"given {given.fingerprint}", given.vocab_size, ""
+        name = "bytes" if given.kind == "bytes" else f"given {given.fingerprint}"
+        tokenizer, vocab_size, pieces = name, given.vocab_size, "word"
     recipe = Recipe(
-        tokenizer, vocab_size, pieces, validation_fraction, seed, normalise, field, filters, dedup_exact, near, shard_tokens, strict
-    )
+        tokenizer, vocab_size, pieces, validation_fraction, seed, normalise, field, filters, dedup_exact,
+        near, shard_tokens, strict,
+    )  # fmt: skip
     specs = [source_spec] if isinstance(source_spec, str) else list(source_spec)
     entries = list_entries(specs, tests=tests)
-    job = _Job(os.path.abspath(out_dir), recipe, specs, entries, given, progress or (lambda stage, done, total: None))
-    if (meta := job.finished()) is not None:
-        return meta
-    with _readable_errors(out_dir), _lock(job, wait_s):
-        job.recover()
-        found = job.finished(rebuild=rebuild)
-        return found if found is not None else job.make()
+    job = _Job(
+        os.path.abspath(out_dir), recipe, specs, entries, given, progress or (lambda stage, done, total: None)
+    )
+    with _readable_errors(out_dir):
+        if (meta := job.finished(rebuild=rebuild)) is not None:
+            return meta
+        with _lock(job, wait_s):
+            job.recover()
+            meta = job.finished(rebuild=rebuild)
+            return meta if meta is not None else job.make()
 
 
 def _given_tokenizer(tokenizer: str) -> Tokenizer | None:
@@ -138,7 +128,8 @@ def _given_tokenizer(tokenizer: str) -> Tokenizer | None:
         return None
     if not (tokenizer.endswith(".model") or is_url(tokenizer) or os.path.isdir(tokenizer)):
         raise InputError(
-            f"tokenizer '{printable(tokenizer)}' is neither one of {', '.join(KINDS)} nor a .model file or prepared directory{nearest(tokenizer, KINDS)}"
+            f"tokenizer '{printable(tokenizer)}' is neither one of {', '.join(KINDS)} nor a .model "
+            f"file or prepared directory{nearest(tokenizer, KINDS)}"
         )
     return load_tokenizer(tokenizer)
 
@@ -149,7 +140,10 @@ def _readable_errors(out_dir: str) -> Iterator[None]:
         yield
     except OSError as error:
         place = printable(str(error.filename or out_dir))
-        raise InputError(f"cannot prepare {printable(out_dir)}: {place}: {error.strerror or error}; finished work is kept for the next run") from None
+        raise InputError(
+            f"cannot prepare {printable(out_dir)}: {place}: {error.strerror or error}; finished "
+            "work is kept for the next run"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -169,19 +163,25 @@ def _lock(job: _Job, wait_s: float) -> Iterator[None]:
         except BlockingIOError:
             if time.monotonic() - started > wait_s:
                 os.close(handle)
-                raise InputError(f"another process has been preparing {printable(job.out)} for over {wait_s:g} s; end it or choose another directory") from None
+                raise RunError(
+                    f"another process has been preparing {printable(job.out)} for over {wait_s:g} "
+                    "s; end it or choose another directory"
+                ) from None
             job.progress("wait", int(time.monotonic() - started), 0)
             time.sleep(0.1)
         os.close(handle)
     try:
         yield
     finally:
-        os.unlink(path)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
         os.close(handle)
 
 
 @dataclasses.dataclass
 class _Job:
+    """One directory to prepare: `out`, and the hidden names beside it that only prepare uses."""
+
     out: str
     recipe: Recipe
     specs: list[str]
@@ -190,9 +190,8 @@ class _Job:
     progress: Progress
 
     def __post_init__(self) -> None:
-        listing = [[entry.name, entry.size, entry.stamp, entry.kind] for entry in self.entries]
-        self.listing = _sha(listing)
-        self.settings = json.loads(json.dumps(self.recipe.as_dict()))
+        self.listing = _sha([[entry.name, entry.size, entry.stamp, entry.kind] for entry in self.entries])
+        self.settings = json.loads(json.dumps(dataclasses.asdict(self.recipe)))
         self.key = _sha([VERSION, self.settings, self.listing])
         self.partial = self.beside("partial")
         self.work = os.path.join(self.partial, "work")
@@ -213,110 +212,100 @@ class _Job:
             else:
                 os.rename(old, self.out)
 
-    def finished(self, rebuild: bool = False) -> dict[str, Any] | None:
-        """meta.json of a directory made from the same settings and inputs; None if there is none and it may be made."""
-        if not os.path.isdir(self.out) or not os.listdir(self.out):
-            if os.path.lexists(self.out) and not os.path.isdir(self.out):
-                raise InputError(f"{printable(self.out)} exists and is not a directory; choose another")
-            return None
+    def finished(self, rebuild: bool) -> dict[str, Any] | None:
+        """meta.json of a directory made from the same settings and inputs; None where one is to be made."""
         where = printable(self.out)
+        if not os.path.isdir(self.out):
+            if os.path.lexists(self.out):
+                raise InputError(f"{where} exists and is not a directory; choose another")
+            return None
+        if not os.listdir(self.out):
+            return None
         if not os.path.exists(os.path.join(self.out, "meta.json")):
             raise InputError(f"{where} is not empty and was not written by prepare; choose another directory")
         meta, problem = _read_meta(self.out)
-        if problem is None:
-            made_from = meta["inputs"]
-            changed = [name for name, value in self.settings.items() if made_from["settings"].get(name) != value]
-            if changed:
-                was = {name: made_from["settings"].get(name) for name in changed}
-                problem = "was prepared with " + ", ".join(f"{name} {was[name]!r} instead of {self.settings[name]!r}" for name in changed)
-            elif made_from["listing"] != self.listing and made_from["content"] != self.content():
-                problem = "was prepared from other documents than its sources hold now"
-        if problem is None:
-            if meta["inputs"]["listing"] != self.listing:
-                meta["inputs"]["listing"] = self.listing
-                with contextlib.suppress(OSError):  # a shared read-only copy stays usable, only slower to recognise
-                    write_file(os.path.join(self.out, "meta.json"), _json(meta))
-            return meta
-        if not rebuild:
-            raise InputError(f"{where} {problem}; choose another directory, or ask for a rebuild to replace it")
-        return None
+        problem = problem or self._difference(meta["inputs"])
+        if problem:
+            if rebuild:
+                return None
+            raise InputError(
+                f"{where} {problem}; choose another directory, or ask for a rebuild to replace it"
+            )
+        if meta["inputs"]["listing"] != self.listing:  # same content, newer files
+            meta["inputs"]["listing"] = self.listing
+            with contextlib.suppress(OSError):  # a shared read-only copy is only slower to recognise
+                write_file(os.path.join(self.out, "meta.json"), _json(meta))
+        return meta
 
-    def documents(self, tally: Tally, digest: Any) -> Iterator[tuple[str, str]]:
-        """Every document as read; `digest` takes in each of them and, at the end, what could not be read."""
-        total, done = sum(entry.size for entry in self.entries), 0
-        for name, text in read_documents(self.entries, field=self.recipe.field, strict=self.recipe.strict, tally=tally):
-            raw = name.encode("utf-8", "surrogateescape"), text.encode()
-            digest.update(b"".join(len(part).to_bytes(8, "little") + part for part in raw))
-            yield name, text
-            done += len(raw[1])
-            self.progress("read", min(done, total), total)
-        digest.update(_json(dataclasses.asdict(tally)))
-
-    def content(self) -> str:
-        """Hash of everything the sources hold now."""
-        digest = hashlib.sha256()
-        for _ in self.documents(Tally(), digest):
-            pass
-        return digest.hexdigest()
+    def _difference(self, made_from: dict[str, Any]) -> str | None:
+        was, now = made_from["settings"], self.settings
+        changed = [
+            f"{name} {was.get(name)!r} instead of {now[name]!r}" for name in now if was.get(name) != now[name]
+        ]
+        if changed:
+            return "was prepared with " + ", ".join(changed)
+        if made_from["listing"] == self.listing:
+            return None
+        same = made_from["content"] == content_hash(self.entries, self.recipe, self.progress)
+        return None if same else "was prepared from other documents than its sources hold now"
 
     def make(self) -> dict[str, Any]:
         """Run the stages that are not done yet, then publish."""
-        if not self._same_job():
-            shutil.rmtree(self.partial, ignore_errors=True)
+        key, ready = os.path.join(self.partial, "key"), os.path.join(self.partial, "meta.json")
+        if not os.path.exists(key) or read_bytes(key).decode() != self.key:
+            if os.path.lexists(self.partial):
+                shutil.rmtree(self.partial)
             os.makedirs(self.work)
-            write_file(os.path.join(self.partial, "key"), self.key.encode())
-        ready = os.path.join(self.partial, "meta.json")
+            write_file(key, self.key.encode())
         if not os.path.exists(ready):
-            write_file(ready, _json(self._build()))
+            try:
+                meta = self._build()
+            except InputError:  # the next attempt will be with other settings or inputs
+                shutil.rmtree(self.partial, ignore_errors=True)
+                raise
+            write_file(ready, _json(meta))
         return self._publish()
-
-    def _same_job(self) -> bool:
-        try:
-            return read_bytes(os.path.join(self.partial, "key")).decode() == self.key
-        except InputError:
-            return False
 
     def _build(self) -> dict[str, Any]:
         if not os.path.exists(self.path("read.json")):
-            _read(self)
-        with open(self.path("read.json"), encoding="utf-8") as file:
-            read = json.load(file)
+            read_into(self.work, self.entries, self.recipe, self.progress)
+        read = json.loads(read_bytes(self.path("read.json")))
         documents = np.fromfile(self.path("documents.bin"), "<u8").reshape(-1, 4)
-        spool = Spool(self.path("spool"))
-        try:
-            kept, dropped = _deduplicate(self, documents, spool)
-            held_out, moved = _split(documents[kept], self.recipe)
-            ranges = dict(zip(SPLITS, (documents[kept][~held_out, :2].astype(np.int64), documents[kept][held_out, :2].astype(np.int64))))
-            tokenizer, sample = self._tokenizer(ranges["train"], documents[kept][~held_out, 2], spool)
-            splits = {name: self._write(name, ranges[name], spool, tokenizer) for name in SPLITS}
-        finally:
-            spool.close()
-        report = {
-            "read": read["read"], "kept": int(len(kept)), "dropped": read["dropped"] | dropped, "examples": read["examples"],
-            "moved": moved, "tokenizer_sample_bytes": sample,
-        }  # fmt: skip
+        with Spool(self.path("spool")) as spool:
+            kept, dropped = deduplicate(self.work, documents, spool, self.recipe, self.progress)
+            documents = documents[kept]
+            held_out, moved = split(documents, self.recipe)
+            train, validation = documents[~held_out], documents[held_out]
+            tokenizer, sample = self._tokenizer(train, spool)
+            splits = {
+                name: self._write(name, chosen[:, :2].astype(np.int64), spool, tokenizer)
+                for name, chosen in (("train", train), ("validation", validation))
+            }
+        report = {"read": read["read"], "kept": len(kept), "dropped": read["dropped"] | dropped}
+        report |= {"examples": read["examples"], "moved": moved, "tokenizer_sample_bytes": sample}
         return self._meta(tokenizer, splits, report, read["content"])
 
-    def _tokenizer(self, ranges: np.ndarray, keys: np.ndarray, spool: Spool) -> tuple[Tokenizer, int]:
-        """The given tokenizer, the one an interrupted run has trained, or one trained on a sample of the train split."""
+    def _tokenizer(self, train: np.ndarray, spool: Spool) -> tuple[Tokenizer, int]:
+        """The given tokenizer, or one trained on a sample of the train split; and the size of the sample."""
         if self.given:
             self.given.save(self.partial)
             return self.given, 0
+        ranges = train[:, :2].astype(np.int64)
         sizes = ranges[:, 1] - ranges[:, 0]
         limit = SAMPLE_BYTES[self.recipe.tokenizer]
-        order = np.argsort(dedup.mix64(keys), kind="stable")
+        order = np.argsort(dedup.mix64(train[:, 2]), kind="stable")
         taken = np.sort(order[np.cumsum(sizes[order]) - sizes[order] < limit])
         sample = int(np.minimum(sizes[taken], limit).sum())
         path = os.path.join(self.partial, MODEL_FILE)
-        if os.path.exists(path):
-            return load_tokenizer(path), sample
-        self.progress("tokenizer", 0, sample)
-        texts = (spool.text(int(start), int(end))[:limit] for start, end in ranges[taken])
-        trained = train_tokenizer(texts, kind=self.recipe.tokenizer, vocab_size=self.recipe.vocab_size, pieces=self.recipe.pieces)
-        trained.save(self.work)
-        os.replace(self.path(MODEL_FILE), path)
-        self.progress("tokenizer", sample, sample)
-        return trained, sample
+        if not os.path.exists(path):
+            self.progress("tokenizer", 0, sample)
+            texts = (spool.text(int(start), int(end))[:limit] for start, end in ranges[taken])
+            recipe = self.recipe
+            train_tokenizer(
+                texts, kind=recipe.tokenizer, vocab_size=recipe.vocab_size, pieces=recipe.pieces
+            ).save(self.partial)
+            self.progress("tokenizer", sample, sample)
+        return load_tokenizer(path), sample
 
     def _write(self, split: str, ranges: np.ndarray, spool: Spool, tokenizer: Tokenizer) -> dict[str, Any]:
         total, done = int((ranges[:, 1] - ranges[:, 0]).sum()), [0]
@@ -325,16 +314,25 @@ class _Job:
             done[0] += size
             self.progress(split, done[0], total)
 
-        return write_split(self.partial, self.work, split, ranges, spool, tokenizer, self.recipe.shard_tokens, advance)
+        limit = self.recipe.shard_tokens
+        return write_split(self.partial, self.work, split, ranges, spool, tokenizer, limit, advance)
 
-    def _meta(self, tokenizer: Tokenizer, splits: dict[str, Any], report: dict[str, Any], content: str) -> dict[str, Any]:
+    def _meta(
+        self, tokenizer: Tokenizer, splits: dict[str, Any], report: dict[str, Any], content: str
+    ) -> dict[str, Any]:
         meta: dict[str, Any] = {
-            "version": VERSION, "dtype": token_dtype(tokenizer.vocab_size), "vocab_size": tokenizer.vocab_size,
-            "tokenizer": "bytes" if tokenizer.kind == "bytes" else MODEL_FILE, "eos": tokenizer.eos, "pad": tokenizer.pad,
-            "mask": tokenizer.mask, "tokenizer_fingerprint": tokenizer.fingerprint, "splits": splits,
-        }  # fmt: skip
+            "version": VERSION,
+            "dtype": token_dtype(tokenizer.vocab_size),
+            "vocab_size": tokenizer.vocab_size,
+            "tokenizer": "bytes" if tokenizer.kind == "bytes" else MODEL_FILE,
+            "eos": tokenizer.eos,
+            "pad": tokenizer.pad,
+            "mask": tokenizer.mask,
+            "tokenizer_fingerprint": tokenizer.fingerprint,
+            "splits": splits,
+        }
         meta["fingerprint"] = _sha(meta)
-        tokens, size = (sum(splits[name][key] for name in SPLITS) for key in ("tokens", "bytes"))
+        tokens, size = (sum(part[key] for part in splits.values()) for key in ("tokens", "bytes"))
         meta["report"] = report | {"bytes_per_token": round(size / max(tokens, 1), 4)}
         meta["sources"] = [printable(spec) for spec in self.specs]
         meta["inputs"] = {"settings": self.settings, "listing": self.listing, "content": content}
@@ -380,67 +378,10 @@ def _read_meta(folder: str) -> tuple[dict[str, Any], str | None]:
         path = os.path.join(folder, os.path.basename(name))
         actual = os.path.getsize(path) if os.path.exists(path) else -1
         if actual != size:
-            return meta, f"lost {name}" if actual < 0 else f"holds {name} with {actual} bytes instead of {size}"
+            return (
+                meta,
+                f"lost {name}" if actual < 0 else f"holds {name} with {actual} bytes instead of {size}",
+            )
     if meta["tokenizer"] != "bytes" and not os.path.exists(os.path.join(folder, MODEL_FILE)):
         return meta, f"lost {MODEL_FILE}"
     return meta, None
-
-
-def _read(job: _Job) -> None:
-    """Stage 1: every document that passes the filters into the spool, its range and digest into documents.bin."""
-    recipe, refused, filtered = job.recipe, Tally(), Tally()
-    normalise, content = normaliser(recipe.normalise), hashlib.sha256()
-    position, kept = 0, 0
-    with open(job.path("spool"), "wb") as spool, open(job.path("documents.bin"), "wb") as index:
-        for name, text in job.documents(refused, content):
-            text = normalise(text)
-            reason = recipe.filters.reason(text)
-            if reason:
-                filtered.add(reason, name)
-                continue
-            data = text.encode()
-            spool.write(data)
-            index.write(np.array([position, position + len(data)], "<u8").tobytes() + dedup.digest(text).tobytes())
-            position, kept = position + len(data), kept + 1
-    counts = refused.counts | filtered.counts
-    if not kept:
-        why = ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "the sources hold no document"
-        raise InputError(f"no document is left to train on ({why}); give more text or wider filters")
-    stage: dict[str, Any] = {"read": kept + sum(counts.values()), "dropped": counts, "content": content.hexdigest()}
-    stage["examples"] = refused.examples | filtered.examples
-    write_file(job.path("read.json"), _json(stage))
-
-
-def _deduplicate(job: _Job, documents: np.ndarray, spool: Spool) -> tuple[np.ndarray, dict[str, int]]:
-    """Stage 2: positions of the documents to keep [k] int64, ascending, and counts of those dropped."""
-    kept, dropped = np.arange(len(documents)), {}
-    if job.recipe.dedup_exact:
-        kept = np.flatnonzero(dedup.exact_duplicates(documents[:, 2:]) < 0)
-        dropped["exact_duplicate"] = len(documents) - len(kept)
-    if job.recipe.near:
-        near, count = job.recipe.near, len(kept)
-        signatures = np.memmap(job.path("signatures"), "<u4", "w+", shape=(count, near.permutations))
-        for position, (start, end) in enumerate(documents[kept, :2].tolist()):
-            signatures[position] = near.signature(spool.text(start, end))
-            job.progress("dedup", position + 1, count)
-        kept = kept[dedup.near_duplicates(signatures, near) < 0]
-        dropped["near_duplicate"] = count - len(kept)
-    return kept, dropped
-
-
-def _split(documents: np.ndarray, recipe: Recipe) -> tuple[np.ndarray, str]:
-    """Stage 3: [k] bool, True for validation, from each document's digest alone; and what was moved to fill a split."""
-    seed = dedup.mix64(np.array([recipe.seed % (1 << 64)], np.uint64))
-    draws = dedup.mix64(documents[:, 2].astype(np.uint64) ^ seed)
-    held_out = draws < np.uint64(recipe.validation_fraction * float(1 << 64))
-    if recipe.validation_fraction == 0.0:
-        return held_out, ""
-    if len(documents) < 2:
-        raise InputError("the corpus holds one document, which cannot be both trained on and held out; use lines:PATH, give more, or validation_fraction=0")
-    if not held_out.any():
-        held_out[draws.argmin()] = True
-        return held_out, "one document to validation, which would have been empty"
-    if held_out.all():
-        held_out[draws.argmax()] = False
-        return held_out, "one document to train, which would have been empty"
-    return held_out, ""

@@ -1,8 +1,9 @@
 """Writing token shards: whole documents, hashed while they are written, visible only when complete.
 
-A shard is `<split>-00000.bin` (little-endian tokens: eos, then each document followed by eos) and `.idx` (uint64, the
-offset after each document). Its record, written last, says where in the document list the next shard begins; a rerun
-continues from the last record, and the bytes are those of a run that was never interrupted.
+A shard is `<split>-00000.bin` (little-endian tokens: eos, then each document followed by eos) and `.idx`
+(uint64, the offset after each document). Its record, written last, says where in the document list the next
+shard begins; a rerun continues from the last record, and the bytes are those of a run that was never
+interrupted.
 """
 
 from __future__ import annotations
@@ -45,8 +46,10 @@ class Spool:
         self._file.seek(start)
         return self._file.read(end - start).decode()
 
-    def close(self) -> None:
-        """Release the file."""
+    def __enter__(self) -> Spool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
 
@@ -84,7 +87,12 @@ class _Shard:
         index = np.array(self._ends, "<u8").tobytes()
         os.replace(f"{path}.bin.tmp", f"{path}.bin")
         write_file(f"{path}.idx", index)
-        entry = {"file": f"{self._name}.bin", "tokens": self.tokens, "documents": self.documents, "bytes": self.bytes}
+        entry = {
+            "file": f"{self._name}.bin",
+            "tokens": self.tokens,
+            "documents": self.documents,
+            "bytes": self.bytes,
+        }
         entry |= {"sha256": self._hash.hexdigest(), "idx_sha256": hashlib.sha256(index).hexdigest()}
         write_file(record, json.dumps({"shard": entry, "next": next_document}).encode())
         return entry
@@ -105,8 +113,8 @@ def write_split(
 ) -> dict[str, Any]:
     """Tokenise the documents at `ranges` [n, 2] of the spool into shards in `folder`; records go to `work`.
 
-    A shard is closed before the document that would take it past `shard_tokens`. `progress` gets bytes of text done.
-    Returns {"shards": [...], "tokens", "documents", "bytes"} as meta.json holds it.
+    A shard is closed before the document that would take it past `shard_tokens`. `progress` gets bytes of
+    text done. Returns {"shards": [...], "tokens", "documents", "bytes"} as meta.json holds it.
     """
     dtype = token_dtype(tokenizer.vocab_size)
     shards, position = _resume(work, split)

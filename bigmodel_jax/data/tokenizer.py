@@ -1,12 +1,13 @@
 """Text to ids and back, without losing a byte: SentencePiece (BPE, unigram) or plain UTF-8 bytes.
 
-decode(encode(x)) == x for every string that UTF-8 can write. SentencePiece (Kudo and Richardson, 2018) gets there
-with identity normalisation, byte fallback, no dummy prefix and no whitespace trimming; the one character it cannot
-hold is its own space sign U+2581, which is written here as its three byte pieces. Ids are turned back into text by
-a table of bytes, so the length of a piece in `byte_lengths` is by construction what decoding adds.
+decode(encode(x)) == x for every string that UTF-8 can write. SentencePiece (Kudo and Richardson, 2018) gets
+there with identity normalisation, byte fallback, no dummy prefix and no whitespace trimming; the one
+character it cannot hold is its own space sign U+2581, which is written here as its three byte pieces. Ids
+are turned back into text by a table of bytes, so the length of a piece in `byte_lengths` is by construction
+what decoding adds.
 
-Newlines are ordinary characters, not symbols of their own: pieces such as "):\\n" and "\\n\\n\\n" are learned, which
-on Python source is worth 6% fewer tokens. Runs of spaces are pieces too.
+Newlines are ordinary characters, not symbols of their own: pieces such as "):\\n" and "\\n\\n\\n" are
+learned, which on Python source is worth 6% fewer tokens. Runs of spaces are pieces too.
 """
 
 from __future__ import annotations
@@ -31,25 +32,44 @@ KINDS = ("bpe", "unigram", "bytes")
 PIECES = {  # what a piece may run across -> SentencePiece switches
     "script": {"split_by_unicode_script": True, "split_by_whitespace": True, "max_sentencepiece_length": 16},
     "word": {"split_by_unicode_script": False, "split_by_whitespace": True, "max_sentencepiece_length": 16},
-    "phrase": {"split_by_unicode_script": False, "split_by_whitespace": False, "max_sentencepiece_length": 32},
+    "phrase": {
+        "split_by_unicode_script": False,
+        "split_by_whitespace": False,
+        "max_sentencepiece_length": 32,
+    },
 }
-SAMPLE_BYTES = {"bpe": 32 << 20, "unigram": 4 << 20, "bytes": 0}  # text to learn from; unigram takes 10 s per 4 MB
+SAMPLE_BYTES = {
+    "bpe": 32 << 20,
+    "unigram": 4 << 20,
+    "bytes": 0,
+}  # text to learn from; unigram takes 10 s per 4 MB
 _CHUNK = 4000  # characters of text per training sentence
 _SEGMENT = 1 << 18  # longest text given to SentencePiece at once: its memory is about 100 bytes per character
 _COVERAGE = 0.9999
 _RESERVED = 4 + 3 + 256  # special pieces, tab runs, bytes
-_KANA_HAN = re.compile("[\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff]")  # written without spaces
+_KANA_HAN = re.compile(
+    "[\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff]"
+)  # written without spaces
 
 
 class Tokenizer:
     """A table of pieces: `table[id]` is the UTF-8 an id stands for, b"" for special ids.
 
-    Attributes: `kind`, `eos`, `pad`, `mask` (None where the vocabulary has no mask id), `fingerprint` (sha256).
+    Attributes: `kind`, `eos`, `pad`, `mask` (None where the vocabulary has no mask id), `fingerprint`
+    (sha256).
     """
 
     kind = "bytes"
 
-    def __init__(self, table: Sequence[bytes], special: Iterable[int], eos: int, pad: int, mask: int | None, fingerprint: str):
+    def __init__(
+        self,
+        table: Sequence[bytes],
+        special: Iterable[int],
+        eos: int,
+        pad: int,
+        mask: int | None,
+        fingerprint: str,
+    ):
         self.table = list(table)
         self.eos, self.pad, self.mask, self.fingerprint = eos, pad, mask, fingerprint
         self._special = np.zeros(len(self.table), bool)
@@ -61,35 +81,54 @@ class Tokenizer:
         return len(self.table)
 
     def encode(self, text: str) -> np.ndarray:
-        """Return ids [n] int32 of `text`, without eos. A lone surrogate, which UTF-8 cannot write, is an InputError."""
+        """Return ids [n] int32 of `text`, without eos. A lone surrogate, which UTF-8 cannot write, is an
+        InputError.
+        """
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str], threads: int = 0) -> list[np.ndarray]:
-        """Return one id array [n_i] int32 per text. `threads` 0 uses every core; the result does not depend on it."""
+        """Return one id array [n_i] int32 per text. `threads` 0 uses every core; the result does not depend
+        on it.
+        """
         raise TypeError("use Bytes, SentencePiece or load_tokenizer")
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of `ids`; special ids are silent, broken UTF-8 (a sampled id sequence) becomes U+FFFD."""
+        """Return the text of `ids`; special ids are silent, broken UTF-8 (a sampled id sequence) becomes
+        U+FFFD.
+        """
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Return the bytes `ids` stand for. An id outside the vocabulary is an InputError."""
         array = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), np.int64).reshape(-1)
         if array.size and not (0 <= array.min() and array.max() < self.vocab_size):
-            raise InputError(f"token id {array.max() if array.min() >= 0 else array.min()} is outside the vocabulary of {self.vocab_size}")
+            raise InputError(
+                f"token id {array.max() if array.min() >= 0 else array.min()} is outside the "
+                f"vocabulary of {self.vocab_size}"
+            )
         return b"".join(map(self.table.__getitem__, array.tolist()))
 
     def byte_lengths(self) -> np.ndarray:
-        """UTF-8 bytes of each piece, [V] int32; 0 for special ids. Over a document's tokens they add up to its size."""
+        """UTF-8 bytes of each piece, [V] int32; 0 for special ids. Over a document's tokens they add up to
+        its size.
+        """
         return np.array([len(piece) for piece in self.table], np.int32)
 
     def starts_word(self) -> np.ndarray:
-        """[V] bool: the piece begins a word rather than continuing the one before it (for whole-word masking).
+        """[V] bool: the piece begins a word rather than continuing the one before it (for whole-word
+        masking).
 
-        A piece continues a word when it begins with a letter, digit, underscore or a byte of a longer character;
-        Han, kana and Hangul characters are written without spaces and begin words themselves. Special ids are True.
+        A piece continues a word when it begins with a letter, digit, underscore or a byte of a longer
+        character; Han, kana and Hangul characters are written without spaces and begin words themselves.
+        Special ids are True.
         """
-        return np.array([special or _starts_word(piece) for piece, special in zip(self.table, self._special)], bool)
+        return np.array(
+            [
+                special or _starts_word(piece)
+                for piece, special in zip(self.table, self._special, strict=True)
+            ],
+            bool,
+        )
 
     def special(self) -> np.ndarray:
         """[V] bool: ids that stand for no text (eos, pad, mask, unknown) and are never produced by encode."""
@@ -121,7 +160,9 @@ class Bytes(Tokenizer):
 
 
 class SentencePiece(Tokenizer):
-    """A SentencePiece model given as the bytes of its file. A model that loses text is refused with an InputError."""
+    """A SentencePiece model given as the bytes of its file. A model that loses text is refused with an
+    InputError.
+    """
 
     def __init__(self, model: bytes, name: str = MODEL_FILE):
         import sentencepiece
@@ -139,15 +180,28 @@ class SentencePiece(Tokenizer):
             raise InputError(f"{name} has no end-of-sequence piece; train it with one (eos_id)")
         pad = processor.pad_id() if processor.pad_id() >= 0 else eos
         mask = processor.piece_to_id("<mask>")
-        super().__init__(table, special, eos, pad, mask if processor.is_control(mask) else None, hashlib.sha256(model).hexdigest())
+        super().__init__(
+            table,
+            special,
+            eos,
+            pad,
+            mask if processor.is_control(mask) else None,
+            hashlib.sha256(model).hexdigest(),
+        )
         self.kind = "sentencepiece"
         lookup = {table[i]: i for i in range(size) if processor.is_byte(i)}
         if len(lookup) != 256:
-            raise InputError(f"{name} has {len(lookup)} of the 256 byte pieces and would lose text; train it with byte_fallback")
+            raise InputError(
+                f"{name} has {len(lookup)} of the 256 byte pieces and would lose text; train it "
+                "with byte_fallback"
+            )
         self._space_sign = [lookup[bytes([value])] for value in SPACE.encode()]
         probe = "  a \tb\r\n\n\u212b  "
         if self.decode(self.encode(probe)) != probe:
-            raise InputError(f"{name} changes text (normalisation, dummy prefix or trimmed spaces), so decode(encode(x)) != x; train one here")
+            raise InputError(
+                f"{name} changes text (normalisation, dummy prefix or trimmed spaces), so "
+                "decode(encode(x)) != x; train one here"
+            )
 
     def encode_batch(self, texts: Sequence[str], threads: int = 0) -> list[np.ndarray]:
         parts: list[str] = []
@@ -162,20 +216,33 @@ class SentencePiece(Tokenizer):
             owners.append(owner)
         for part in parts:
             _utf8(part)
-        encoded = self._processor.encode(parts, num_threads=threads or os.cpu_count() or 1) if parts else []
+        encoded = self._processor.encode(parts, num_threads=threads or _cores()) if parts else []
         result = []
         for owner in owners:
             if len(owner) == 1 and owner[0] >= 0:
                 result.append(np.array(encoded[owner[0]], np.int32))
             else:
-                ids = [value for position in owner for value in (self._space_sign if position < 0 else encoded[position])]
+                ids = [
+                    value
+                    for position in owner
+                    for value in (self._space_sign if position < 0 else encoded[position])
+                ]
                 result.append(np.array(ids, np.int32))
         return result
 
     def save(self, directory: str) -> str:
-        with open(os.path.join(directory, MODEL_FILE), "wb") as file:
+        path = os.path.join(directory, MODEL_FILE)
+        with open(path + ".tmp", "wb") as file:
             file.write(self.model)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + ".tmp", path)
         return MODEL_FILE
+
+
+def _cores() -> int:
+    """Cores this process may use, which a batch system can set below those of the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _piece_bytes(processor: Any, index: int) -> bytes:
@@ -189,7 +256,10 @@ def _utf8(text: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"text holds a lone surrogate at character {error.start}, which UTF-8 cannot write; clean it first") from None
+        raise InputError(
+            f"text holds a lone surrogate at character {error.start}, which UTF-8 cannot write; "
+            "clean it first"
+        ) from None
 
 
 def _one_line(error: Exception) -> str:
@@ -207,28 +277,43 @@ def _segments(text: str, size: int) -> Iterator[str]:
         yield text[start:]
 
 
-def train_tokenizer(texts: Iterable[str], *, kind: str = "bpe", vocab_size: int = 4096, pieces: str = "word") -> Tokenizer:
+def check_settings(kind: str, vocab_size: int, pieces: str) -> None:
+    """Raise InputError for what train_tokenizer would refuse before it has seen any text."""
+    for what, value, known in (("kind", kind, KINDS), ("pieces", pieces, PIECES)):
+        if value not in known:
+            raise InputError(
+                f"tokenizer {what} '{value}' is unknown; choose from "
+                f"{', '.join(known)}{nearest(value, known)}"
+            )
+    if kind != "bytes" and vocab_size < _RESERVED + 64:
+        raise InputError(
+            f"vocab_size {vocab_size} is too small for {kind}; at least {_RESERVED + 64}, or use "
+            "the bytes tokenizer"
+        )
+
+
+def train_tokenizer(
+    texts: Iterable[str], *, kind: str = "bpe", vocab_size: int = 4096, pieces: str = "word"
+) -> Tokenizer:
     """Learn a tokenizer. Deterministic: the same texts in the same order give the same fingerprint.
 
     kind: "bpe" (about 2 s for 11 MB), "unigram" (slower), "bytes" (nothing to learn, vocab_size is ignored).
     vocab_size: ids in all, special ones included; more than the texts can fill is an InputError.
-    pieces: "script" (letters and punctuation apart), "word" (a piece never runs past a space: ").join(") or "phrase"
-    ("for i in range("): fewer tokens each, at the same vocabulary; use "word" where whole words are masked.
+    pieces: "script" (letters and punctuation apart), "word" (a piece never runs past a space: ").join(") or
+    "phrase" ("for i in range("): fewer tokens each, at the same vocabulary; use "
+    ""word" where whole words are masked.
     """
-    if kind not in KINDS:
-        raise InputError(f"tokenizer kind '{kind}' is unknown; choose from {', '.join(KINDS)}{nearest(kind, KINDS)}")
-    if pieces not in PIECES:
-        raise InputError(f"tokenizer pieces '{pieces}' is unknown; choose from {', '.join(PIECES)}{nearest(pieces, PIECES)}")
+    check_settings(kind, vocab_size, pieces)
     if kind == "bytes":
         return Bytes()
-    if vocab_size < _RESERVED + 64:
-        raise InputError(f"vocab_size {vocab_size} is too small for {kind}; at least {_RESERVED + 64}, or use the bytes tokenizer")
     sentences = [s for text in texts for part in text.split(SPACE) for s in _segments(part, _CHUNK)]
     return SentencePiece(_train(sentences, kind, vocab_size, pieces))
 
 
 def _coverage(sentences: Sequence[str], limit: int) -> float:
-    """Share of characters that get a piece of their own: 0.9999, less where that would be more than `limit` characters."""
+    """Share of characters that get a piece of their own: 0.9999, less where that would be more than `limit`
+    characters.
+    """
     counts: collections.Counter[str] = collections.Counter()
     for sentence in sentences:
         counts.update(sentence)
@@ -248,15 +333,21 @@ def _train(sentences: Sequence[str], kind: str, vocab_size: int, pieces: str) ->
             normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True, max_sentence_length=1 << 20,
             pad_id=0, eos_id=1, unk_id=2, bos_id=-1, control_symbols=["<mask>"],
-            user_defined_symbols=["\t", "\t\t", "\t\t\t\t"],  # SentencePiece never learns a piece with a tab in it
+            # SentencePiece never learns a piece with a tab in it
+            user_defined_symbols=["\t", "\t\t", "\t\t\t\t"],
             num_threads=2, seed_sentencepiece_size=100_000, minloglevel=2, **PIECES[pieces],
         )  # fmt: skip
     except RuntimeError as error:
         fits = re.search(r"value <= (\d+)", str(error))
         if fits or not sentences:
             most = f"at most {fits.group(1)}" if fits else "no piece"
-            raise InputError(f"vocab_size {vocab_size} is more than this text can fill ({most}); give more text, a smaller vocab_size or tokenizer='bytes'") from None
-        raise InputError(f"training a {kind} tokenizer of {vocab_size} pieces failed: {_one_line(error)}") from None
+            raise InputError(
+                f"vocab_size {vocab_size} is more than this text can fill ({most}); give more "
+                "text, a smaller vocab_size or tokenizer='bytes'"
+            ) from None
+        raise InputError(
+            f"training a {kind} tokenizer of {vocab_size} pieces failed: {_one_line(error)}"
+        ) from None
     return model.getvalue()
 
 
@@ -272,10 +363,19 @@ def load_tokenizer(path: str) -> Tokenizer:
         meta = json.loads(read_bytes(f"{path}/meta.json"))
         name, expected = meta["tokenizer"], meta["tokenizer_fingerprint"]
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}/meta.json is damaged ({_one_line(error)}); prepare the directory again") from None
+        raise InputError(
+            f"{path}/meta.json is damaged ({_one_line(error)}); prepare the directory again"
+        ) from None
     if name not in ("bytes", MODEL_FILE):
         raise InputError(f"{path}/meta.json names the tokenizer {name!r}; expected 'bytes' or '{MODEL_FILE}'")
-    tokenizer = Bytes() if name == "bytes" else SentencePiece(read_bytes(f"{path}/{MODEL_FILE}"), f"{path}/{MODEL_FILE}")
+    tokenizer = (
+        Bytes()
+        if name == "bytes"
+        else SentencePiece(read_bytes(f"{path}/{MODEL_FILE}"), f"{path}/{MODEL_FILE}")
+    )
     if tokenizer.fingerprint != expected:
-        raise InputError(f"{path}/{MODEL_FILE} has fingerprint {tokenizer.fingerprint[:12]}, meta.json says {str(expected)[:12]}; prepare the directory again")
+        raise InputError(
+            f"{path}/{MODEL_FILE} has fingerprint {tokenizer.fingerprint[:12]}, meta.json says "
+            f"{str(expected)[:12]}; prepare the directory again"
+        )
     return tokenizer
