@@ -56,12 +56,13 @@ class Leaf:
         return 1 if self.axes and self.axes[0] == "layers" else 0
 
 
-def _wide(dtype: Any) -> Any:
+def wide(dtype: Any) -> Any:
+    """The dtype that moments, norms and sums are kept in: float32, or float64 as given."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def _zeros(p: Any, dtype: str = "") -> jax.Array:
-    return jnp.zeros(p.shape, jnp.dtype(dtype) if dtype else _wide(p.dtype))
+    return jnp.zeros(p.shape, jnp.dtype(dtype) if dtype else wide(p.dtype))
 
 
 def adam(
@@ -154,7 +155,7 @@ def adafactor(
             name: p.shape[:d] + p.shape[d + 1 :]
             for name, d in zip(("nu_columns", "nu_rows"), largest, strict=True)
         }
-        return {name: jnp.zeros(shape, _wide(p.dtype)) for name, shape in shapes.items()}
+        return {name: jnp.zeros(shape, wide(p.dtype)) for name, shape in shapes.items()}
 
     def rms(x: jax.Array) -> jax.Array:
         return jnp.sqrt(jnp.mean(jnp.square(x), axis=tuple(inner), keepdims=True))
@@ -270,7 +271,7 @@ def global_norm(tree: Any) -> jax.Array:
     leaves = jax.tree.leaves(tree)
     if not leaves:
         return jnp.zeros(())
-    return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(_wide(x.dtype)))) for x in leaves))
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(wide(x.dtype)))) for x in leaves))
 
 
 def make(
@@ -346,16 +347,16 @@ def _update(
     updates = {path: jnp.zeros_like(g) for path, g in flat.items() if path not in rules}
     for path, g in live.items():
         p = weights[path]
-        wide = p.astype(_wide(p.dtype))
-        g = g.astype(wide.dtype)
+        master = p.astype(wide(p.dtype))
+        g = g.astype(master.dtype)
         g = g if scale is None else g * scale.astype(g.dtype)
         wd = weight_decay * settings[path]["decay"] if decay != "none" else 0.0
         if wd and decay == "l2":
-            g = g + wd * wide
+            g = g + wd * master
         own = {slot: values[path] for slot, values in slots.items() if path in values}
-        direction, own = rules[path].update(g, own, wide, t.astype(g.dtype))
+        direction, own = rules[path].update(g, own, master, t.astype(g.dtype))
         if wd and decay == "decoupled":
-            direction = direction + wd * wide
+            direction = direction + wd * master
         updates[path] = (-rate * settings[path]["lr"]).astype(g.dtype) * direction
         for slot, value in own.items():
             slots[slot][path] = value
@@ -368,6 +369,6 @@ def apply(params: Any, updates: Any) -> Any:
     """params + updates in the dtype of params; a parameter without an update stays as it is."""
     flat = trees.flatten(updates)
     return trees.map_paths(
-        lambda path, p: (p + flat[path].astype(_wide(p.dtype))).astype(p.dtype) if path in flat else p,
+        lambda path, p: (p + flat[path].astype(wide(p.dtype))).astype(p.dtype) if path in flat else p,
         params,
     )

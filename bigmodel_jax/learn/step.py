@@ -1,0 +1,296 @@
+"""One optimizer step, and one evaluation step, as pure functions of values.
+
+    loss = sum over terms of coefficient * (sum over all microbatches) / weight of the whole batch
+
+A step whose loss or gradient is not finite, or spikes, changes nothing but the guard's counters:
+the new state is selected leaf by leaf inside the same program, so the run continues bitwise as if
+that batch had not existed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from bigmodel_jax import tree as trees
+from bigmodel_jax.errors import InputError
+from bigmodel_jax.learn import optim
+from bigmodel_jax.learn.objectives import Objective
+from bigmodel_jax.parallel import mesh as meshes
+from bigmodel_jax.parallel import rules as layout
+
+State = dict[str, Any]
+Batch = dict[str, jax.Array]
+StepMetrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Guard:
+    """When a step counts as bad.
+
+    spike: loss or gradient norm above `spike` times the median of the last admitted steps (as
+      many as the state's window holds) is bad; 0 judges finiteness only.
+    skip: leave the state as it was on a bad step. False applies spikes and non-finite updates
+      alike and only reports them; a caller that stops at bad_streak 1 may want that.
+    """
+
+    spike: float = 0.0
+    skip: bool = True
+
+
+def make_train_step(
+    apply: Callable[..., Any],
+    merge: Callable[[Any, Any], Any],
+    objective: Objective,
+    tx: optax.GradientTransformation,
+    *,
+    lr: Callable[[jax.Array], jax.Array] | None = None,
+    guard: Guard = Guard(),
+    ema: float = 0.0,
+    mesh: Mesh | None = None,
+    rules: layout.Rules = layout.RULES,
+    shardings: State | None = None,
+    frozen: frozenset[str] = frozenset(),
+    norms: int = 0,
+) -> Callable[[State, Batch, jax.Array], tuple[State, StepMetrics]]:
+    """Build train_step(state, batch, key) -> (state, metrics), not yet jitted (see `jit_train_step`).
+
+    batch leaves are [A, M, ...]: A accumulation steps of M global rows, row r = a * M + m. Dropout
+    keys are fold_in(fold_in(key, state["step"]), r), so they do not depend on A or the mesh.
+
+    Args:
+      apply, merge: the model's; merge(stats, mean of the microbatches' updates) once per step.
+      lr: only to report it.
+      ema: decay of the averaged parameters, for a state that has them.
+      mesh, rules: layout under which the model is traced; None for one device.
+      shardings: of the state; gradients are pinned to those of the parameters.
+      frozen: paths of parameters that get neither gradient nor update.
+      norms: depth of parameter path at which gradient, parameter and update norms are reported as
+        "norm/grad/<prefix>", "norm/param/...", "norm/update/..."; 0 leaves them out.
+
+    Metrics are scalars: loss, grad_norm, lr, finite, skipped (this step), bad_streak,
+    skipped_total, weight/<term>, and each of the objective's metrics as sum / weight.
+
+    Raises:
+      InputError: A > 1 for an objective that is not a sum over examples.
+    """
+    pinned = shardings["params"] if shardings is not None and mesh is not None else None
+
+    def train_step(state: State, batch: Batch, key: jax.Array) -> tuple[State, StepMetrics]:
+        with layout.use(mesh, rules):
+            trained, fixed = _split(state["params"], frozen)
+            run = _accumulate(apply, objective, state, fixed, batch, key, _pin(pinned))
+            loss, grads, metrics, updates = run(trained)
+            new, grad_norm, steps = _updated(state, grads, updates, merge, tx, ema)
+            if norms:
+                metrics |= _group_norms(norms, grads, state["params"], steps)
+            new, verdict = _guarded(state, new, guard, loss, grad_norm)
+        metrics |= {"loss": loss, "grad_norm": grad_norm} | verdict
+        if lr is not None:
+            metrics["lr"] = lr(state["step"])
+        return new, metrics
+
+    return train_step
+
+
+def _split(params: Any, frozen: frozenset[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    flat = trees.flatten(params)
+    trained = {path: leaf for path, leaf in flat.items() if path not in frozen}
+    return trained, {path: leaf for path, leaf in flat.items() if path in frozen}
+
+
+def _pin(shardings: Any) -> Callable[[dict[str, jax.Array]], dict[str, jax.Array]]:
+    """Keep gradients where their parameters live: a reduce-scatter instead of an all-reduce."""
+    if shardings is None:
+        return lambda flat: flat
+    places = trees.flatten(shardings)
+    return lambda flat: {
+        path: jax.lax.with_sharding_constraint(leaf, places[path]) for path, leaf in flat.items()
+    }
+
+
+def _row_keys(key: jax.Array, step: jax.Array, first: jax.Array, rows: int) -> jax.Array:
+    base = jax.random.fold_in(key, step)
+    return jax.vmap(lambda r: jax.random.fold_in(base, r))(first + jnp.arange(rows))
+
+
+def _mean(total: jax.Array, weight: jax.Array) -> jax.Array:
+    """total / weight, and 0 where nothing had weight."""
+    return jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1), 0)
+
+
+def _accumulate(
+    apply: Callable, objective: Objective, state: State, fixed: dict[str, Any], batch: Batch,
+    key: jax.Array, pin: Callable,
+) -> Callable[[dict[str, Any]], tuple]:  # fmt: skip
+    """trained parameters -> (loss, gradients, metrics, mean updates) of the whole batch."""
+    steps, rows = jax.tree.leaves(batch)[0].shape[:2]
+    if steps > 1 and not objective.additive:
+        raise InputError(
+            f"{steps} accumulation steps, but the objective is not a sum over examples; "
+            "set the microbatch to the whole batch"
+        )
+    weights = objective.weights(batch)
+
+    def micro(trained: dict[str, Any], a: jax.Array, part: Batch) -> tuple:
+        variables = {"params": trees.unflatten(trained | fixed), "stats": state["stats"]}
+        rngs = {"dropout": _row_keys(key, state["step"], a * rows, rows)}
+        terms, metrics, updates = objective(apply, variables, part, rngs, True)
+        shares = {t: objective.coefficients[t] * _mean(s, weights[t]) for t, s in terms.items()}
+        return sum(shares.values()), (metrics, updates)
+
+    def gradients(trained: dict[str, Any], a: jax.Array, part: Batch) -> tuple:
+        (loss, aux), grads = jax.value_and_grad(micro, has_aux=True)(trained, a, part)
+        return loss, pin(grads), *aux
+
+    def run(trained: dict[str, Any]) -> tuple:
+        def body(carry: tuple, x: tuple) -> tuple[tuple, None]:
+            one = gradients(trained, *x)
+            return jax.tree.map(lambda c, n: c + n.astype(c.dtype), carry, one), None
+
+        first = jax.tree.map(lambda leaf: leaf[0], batch)
+        if steps == 1:
+            loss, grads, metrics, updates = gradients(trained, jnp.int32(0), first)
+        else:
+            shapes = jax.eval_shape(gradients, trained, jnp.int32(0), first)
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, optim.wide(s.dtype)), shapes)
+            zeros = (zeros[0], pin(zeros[1]), *zeros[2:])
+            total, _ = jax.lax.scan(body, zeros, (jnp.arange(steps), batch))
+            loss, grads, metrics, updates = total
+            updates = jax.tree.map(lambda x: x / steps, updates)
+        means = {name: _mean(*pair) for name, pair in metrics.items()}
+        means |= {f"weight/{term}": weight for term, weight in weights.items()}
+        return loss, grads, means, updates
+
+    return run
+
+
+def _updated(
+    state: State, grads: dict[str, Any], updates: Any, merge: Callable,
+    tx: optax.GradientTransformation, ema: float,
+) -> tuple[State, jax.Array, dict[str, Any]]:  # fmt: skip
+    """(state after the update, gradient norm, {path: parameter change})."""
+    change, opt = tx.update(trees.unflatten(grads), state["opt"], state["params"])
+    new = dict(state)
+    new["opt"] = opt
+    new["params"] = optim.apply(state["params"], change)
+    new["stats"] = merge(state["stats"], updates) if jax.tree.leaves(updates) else state["stats"]
+    new["step"] = state["step"] + 1
+    if "ema" in state:
+        new["ema"] = jax.tree.map(
+            lambda e, p: (ema * e + (1 - ema) * p).astype(e.dtype), state["ema"], new["params"]
+        )
+    return new, optim.global_norm(grads), trees.flatten(change)
+
+
+def _guarded(
+    old: State, new: State, guard: Guard, loss: jax.Array, grad_norm: jax.Array
+) -> tuple[State, StepMetrics]:
+    """Select between the states, and keep the guard's books."""
+    books = old["guard"]
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    good = finite
+    if guard.spike:
+        full = books["admitted"] >= books["losses"].shape[0]
+        for value, seen in ((loss, books["losses"]), (grad_norm, books["norms"])):
+            good &= ~(full & (value > guard.spike * jnp.median(seen)))
+    # Only good values enter the window: one NaN in it would condemn every later step.
+    at = books["admitted"] % books["losses"].shape[0]
+
+    def admit(seen: jax.Array, value: jax.Array) -> jax.Array:
+        return seen.at[at].set(jnp.where(good, value.astype(seen.dtype), seen[at]))
+
+    left_out = ~good if guard.skip else jnp.zeros((), bool)
+    counters = {
+        "losses": admit(books["losses"], loss),
+        "norms": admit(books["norms"], grad_norm),
+        "admitted": books["admitted"] + good,
+        "bad_streak": jnp.where(good, 0, books["bad_streak"] + 1),
+        "skipped": books["skipped"] + left_out,
+    }
+    if guard.skip:
+        new = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+    verdict = {
+        "finite": finite,
+        "skipped": left_out,
+        "bad_streak": counters["bad_streak"],
+        "skipped_total": counters["skipped"],
+    }
+    return new | {"guard": counters}, verdict
+
+
+def _group_norms(
+    depth: int, grads: dict[str, Any], params: Any, change: dict[str, Any]
+) -> StepMetrics:
+    out = {}
+    for kind, flat in (("grad", grads), ("param", trees.flatten(params)), ("update", change)):
+        groups: dict[str, list] = {}
+        for path, leaf in flat.items():
+            groups.setdefault("/".join(path.split("/")[:depth]), []).append(leaf)
+        for group, leaves in groups.items():
+            out[f"norm/{kind}/{group}"] = optim.global_norm(leaves)
+    return out
+
+
+def jit_train_step(
+    train_step: Callable[[State, Batch, jax.Array], tuple[State, StepMetrics]],
+    shardings: State,
+    mesh: Mesh,
+) -> Callable[[State, Batch, jax.Array], tuple[State, StepMetrics]]:
+    """Jit with the state donated, and pinned to the same layout on both sides.
+
+    An unpinned output layout may differ from the input's, and the second call would then compile
+    the step again.
+    """
+    whole = meshes.replicated(mesh)
+    return jax.jit(
+        train_step,
+        in_shardings=(shardings, meshes.batch_sharding(mesh), whole),
+        out_shardings=(shardings, whole),
+        donate_argnums=0,
+    )
+
+
+def make_eval_step(
+    apply: Callable[..., Any],
+    objective: Objective,
+    *,
+    mesh: Mesh | None = None,
+    rules: layout.Rules = layout.RULES,
+    ema: bool = False,
+) -> Callable[[State, Batch], dict[str, tuple[jax.Array, jax.Array]]]:
+    """Build eval_step(state, batch) -> {metric: (sum, weight)}, to be added up over batches.
+
+    batch leaves are [M, ...]; rows of weight 0 are padding. Every term of the objective appears
+    under its own name beside its metrics. The state is only read.
+
+    Args:
+      ema: evaluate state["ema"] instead of state["params"].
+    """
+
+    def eval_step(state: State, batch: Batch) -> dict[str, tuple[jax.Array, jax.Array]]:
+        variables = {"params": state["ema" if ema else "params"], "stats": state["stats"]}
+        with layout.use(mesh, rules):
+            terms, metrics, _ = objective(apply, variables, batch, None, False)
+            weights = objective.weights(batch)
+        return metrics | {term: (total, weights[term]) for term, total in terms.items()}
+
+    return eval_step
+
+
+def jit_eval_step(
+    eval_step: Callable[[State, Batch], dict[str, tuple[jax.Array, jax.Array]]],
+    shardings: State,
+    mesh: Mesh,
+) -> Callable[[State, Batch], dict[str, tuple[jax.Array, jax.Array]]]:
+    """Jit `eval_step`; the state keeps its layout and is not donated."""
+    rows = meshes.batch_sharding(mesh, accumulated=False)
+    return jax.jit(
+        eval_step, in_shardings=(shardings, rows), out_shardings=meshes.replicated(mesh)
+    )
