@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 
 from bigmodel_jax.errors import InputError
+from bigmodel_jax.models import target
 from bigmodel_jax.models.blockwise import blockwise
 from bigmodel_jax.models.masks import Mask
-from bigmodel_jax.models.scores import Rule, attend, biases
+from bigmodel_jax.models.scores import Rule, biases, exponentials, finish, kept, split
 
 BACKENDS = ("reference", "dot_product", "cudnn", "blockwise", "splash")
 
@@ -49,12 +50,17 @@ def refusal(
         if q.shape[-1] % 8 or q.shape[-1] > 128:
             return f"it needs a head_dim that is a multiple of 8 up to 128, not {q.shape[-1]}"
         return None
+    if platform != "tpu":
+        return f"it needs a TPU, the platform is {platform}"
     if has_bias or rule.alibi:
         return "it has no biases"
-    if parts & {"prefix", "kv_length", "offset"}:
-        return f"it cannot express {sorted(parts & {'prefix', 'kv_length', 'offset'})}"
-    if length % 128 or memory % 128:
-        return f"it needs lengths that are multiples of 128, not {length} and {memory}"
+    beyond = parts & {"prefix", "kv_length", "offset", "segments_kv"}
+    if beyond or length != memory:
+        return f"it cannot express {sorted(beyond) or 'other keys than the queries have'}"
+    if length % 128:
+        return f"it needs a length that is a multiple of 128, not {length}"
+    if q.dtype == jnp.float64:
+        return "it has no float64"
     if q.shape[-1] % 64:
         return f"it needs a head_dim that is a multiple of 64, not {q.shape[-1]}"
     return None
@@ -77,7 +83,7 @@ def choose(
     Raises:
       InputError: an explicit backend that cannot compute this, with those that can.
     """
-    platform = platform or jax.default_backend()
+    platform = platform or target.platform()
     rule = Rule(scale=1.0, softcap=softcap, alibi=alibi, dropout=dropout)
     refusals = {b: refusal(b, q, k, mask, rule, bias, platform) for b in BACKENDS}
     able = [b for b in BACKENDS if refusals[b] is None]
@@ -154,10 +160,18 @@ def attention(
     return _reference(q, k, v, mask, bias, dropout_keys, rule)
 
 
-def _reference(q, k, v, mask, bias, dropout_keys, rule: Rule) -> jax.Array:
-    length, memory = q.shape[1], k.shape[1]
-    out, _ = attend(q, k, v, mask, rule, (0, length, 0, memory), bias=bias, keys=dropout_keys)
-    return out
+def _reference(q, k, v, mask: Mask, bias, dropout_keys, rule: Rule) -> jax.Array:
+    tile = (0, q.shape[1], 0, k.shape[1])
+    high = jnp.promote_types(q.dtype, jnp.float32)
+    q5 = split(q, k.shape[2])
+    raw = jnp.einsum("blgrk,bmgk->bgrlm", q5, k, preferred_element_type=high)
+    e, total, _ = exponentials(finish(raw, mask, rule, tile, bias)[0])
+    p = e / jnp.where(total > 0, total, 1.0)
+    if rule.dropout:
+        keep = kept(dropout_keys, rule, q.shape[2], tile, k.shape[1]).reshape(p.shape)
+        p = jnp.where(keep, p / (1.0 - rule.dropout), 0.0)
+    out = jnp.einsum("bgrlm,bmgk->blgrk", p.astype(v.dtype), v, preferred_element_type=high)
+    return out.reshape(q.shape[:3] + v.shape[3:]).astype(q.dtype)
 
 
 def _library(q, k, v, mask: Mask, bias, rule: Rule, implementation: str) -> jax.Array:

@@ -18,15 +18,16 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from bigmodel_jax.models import target
 from bigmodel_jax.models.masks import Mask
-from bigmodel_jax.models.scores import Rule, Tile, attend, kept, scores, split
+from bigmodel_jax.models.scores import Rule, Tile, exponentials, finish, kept, split
 
 UNROLLED = 16
 
 
-def block_rows(platform: str | None = None) -> int:
+def block_rows() -> int:
     """Queries per block: 64 keeps a tile in a CPU's cache, accelerators want larger matmuls."""
-    return 64 if (platform or jax.default_backend()) == "cpu" else 512
+    return 64 if target.platform() == "cpu" else 512
 
 
 def bands(length: int, rows: int) -> list[tuple[int, int, int]]:
@@ -40,17 +41,52 @@ def bands(length: int, rows: int) -> list[tuple[int, int, int]]:
 
 
 def _blocks(fn, start: int, rows: int, count: int, carry):
-    """carry, outs = fn(carry, i0) for each block of a band; outs stacked along axis 1 (length)."""
+    """carry, outs = fn(carry, i0) for each block of a band; outs [B, G, R, rows, ...] joined."""
     if count == 1:
         return fn(carry, start)
     carry, outs = jax.lax.scan(fn, carry, start + rows * jnp.arange(count))
-    return carry, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:]), outs)
+
+    def join(x: jax.Array) -> jax.Array:
+        x = jnp.moveaxis(x, 0, 3)
+        return x.reshape(*x.shape[:3], -1, *x.shape[5:])
+
+    return carry, jax.tree.map(join, outs)
 
 
 def _cut(x: jax.Array, i0, rows: int) -> jax.Array:
+    """Queries i0 .. i0 + rows of x [B, G, R, L, ...]."""
     if isinstance(i0, int):
-        return x[:, i0 : i0 + rows]
-    return jax.lax.dynamic_slice_in_dim(x, i0, rows, axis=1)
+        return x[:, :, :, i0 : i0 + rows]
+    return jax.lax.dynamic_slice_in_dim(x, i0, rows, axis=3)
+
+
+def _dot(a: jax.Array, b: jax.Array, high: jnp.dtype) -> jax.Array:
+    """[B, G, R, l, x] . [B, G, x, y] -> [B, G, R, l, y]: one plain matmul per group.
+
+    Every product below is written so that rows meet columns without a transposed operand, which
+    XLA:CPU runs at half speed.
+    """
+    flat = a.reshape(*a.shape[:2], -1, a.shape[-1])
+    out = jax.lax.dot_general(
+        flat, b, (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=high
+    )
+    return out.reshape(*a.shape[:-1], b.shape[-1])
+
+
+def _columns(x: jax.Array) -> jax.Array:
+    """[B, G, R, l, x] -> [B, G, x, R l]."""
+    return jnp.swapaxes(x.reshape(*x.shape[:2], -1, x.shape[-1]), 2, 3)
+
+
+def _heads_first(x: jax.Array, groups: int) -> jax.Array:
+    """[B, L, H, K] -> [B, G, R, L, K]."""
+    return jnp.transpose(split(x, groups), (0, 2, 3, 1, 4))
+
+
+def _heads_last(x: jax.Array) -> jax.Array:
+    """[B, G, R, L, K] -> [B, L, H, K]."""
+    x = jnp.transpose(x, (0, 3, 1, 2, 4))
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -61,75 +97,96 @@ def blockwise(
     return _forward(q, k, v, mask, keys, rule)[0]
 
 
-def _forward(q, k, v, mask, keys, rule):
-    memory = k.shape[1]
+def _forward(q, k, v, mask: Mask, keys, rule: Rule):
+    high = jnp.promote_types(q.dtype, jnp.float32)
+    memory, groups = k.shape[1:3]
+    qh = _heads_first(q, groups)
+    kt, vh = jnp.transpose(k, (0, 2, 3, 1)), jnp.swapaxes(v, 1, 2)
     outs, sums = [], []
     for start, rows, count in bands(q.shape[1], block_rows()):
         lo, hi = mask.extent(start, rows * count, memory)
-
-        def block(carry, i0, rows=rows, lo=lo, hi=hi):
-            tile = (i0, rows, lo, hi - lo)
-            out, lse = attend(
-                _cut(q, i0, rows), k[:, lo:hi], v[:, lo:hi], mask, rule, tile, keys=keys, memory=memory
-            )
-            return carry, (out, jnp.moveaxis(lse, -1, 1))
-
-        _, (out, lse) = _blocks(block, start, rows, count, None)
-        outs.append(out)
-        sums.append(lse)
-    out = checkpoint_name(jnp.concatenate(outs, axis=1), "attention")
-    lse = checkpoint_name(jnp.concatenate(sums, axis=1), "attention_lse")
-    return out, (q, k, v, mask, keys, out, lse)
-
-
-def _backward(rule, saved, d_out):
-    q, k, v, mask, keys, out, lse = saved
-    high = lse.dtype
-    dk, dv = jnp.zeros(k.shape, high), jnp.zeros(v.shape, high)
-    dqs = []
-    for start, rows, count in bands(q.shape[1], block_rows()):
-        lo, hi = mask.extent(start, rows * count, k.shape[1])
         if lo == hi:
-            dqs.append(jnp.zeros((q.shape[0], rows * count, *q.shape[2:]), q.dtype))
+            shape = (*qh.shape[:3], rows * count)
+            outs.append(jnp.zeros((*shape, v.shape[-1]), q.dtype))
+            sums.append(jnp.full(shape, -jnp.inf, high))
             continue
 
         def block(carry, i0, rows=rows, lo=lo, hi=hi):
             tile = (i0, rows, lo, hi - lo)
-            cut = [_cut(x, i0, rows) for x in (q, out, lse, d_out)]
-            dq, dk, dv = _tile_gradient(cut, k[:, lo:hi], v[:, lo:hi], mask, keys, rule, tile, k.shape[1])
-            return (carry[0] + dk, carry[1] + dv), dq
+            s, _ = finish(_dot(_cut(qh, i0, rows), kt[..., lo:hi], high), mask, rule, tile)
+            e, total, top = exponentials(s)
+            seen = total > 0
+            total = jnp.where(seen, total, 1.0)
+            if rule.dropout:
+                keep = kept(keys, rule, q.shape[2], tile, memory).reshape(e.shape)
+                e = jnp.where(keep, e / (1.0 - rule.dropout), 0.0)
+            out = _dot(e.astype(v.dtype), vh[:, :, lo:hi], high) / total
+            lse = jnp.where(seen, jnp.log(total) + top, -jnp.inf)[..., 0]
+            return carry, (out.astype(q.dtype), lse)
 
-        (dk_band, dv_band), dq = _blocks(block, start, rows, count, (dk[:, lo:hi], dv[:, lo:hi]))
-        dk, dv = dk.at[:, lo:hi].set(dk_band), dv.at[:, lo:hi].set(dv_band)
-        dqs.append(dq)
-    dq = jnp.concatenate(dqs, axis=1)
-    return dq, dk.astype(k.dtype), dv.astype(v.dtype), None, None
+        _, (out, lse) = _blocks(block, start, rows, count, None)
+        outs.append(out)
+        sums.append(lse)
+    out = checkpoint_name(_heads_last(jnp.concatenate(outs, axis=3)), "attention")
+    lse = checkpoint_name(jnp.concatenate(sums, axis=3), "attention_lse")
+    return out, (q, k, v, mask, keys, out, lse)
 
 
-def _tile_gradient(cut, k, v, mask: Mask, keys, rule: Rule, tile: Tile, memory: int):
-    """Gradients (dq, dk, dv) of one tile; dk and dv in the dtype of the scores."""
-    q, out, lse, d_out = cut
+def _backward(rule: Rule, saved, d_out):
+    q, k, v, mask, keys, out, lse = saved
+    high = lse.dtype
     groups = k.shape[2]
-    q5, o5, d5 = (split(x, groups) for x in (q, out, d_out))
-    s, capped = scores(q5, k, mask, rule, tile)
-    lse = jnp.moveaxis(lse, 1, -1)[..., None]
-    p = jnp.exp(s - jnp.where(jnp.isfinite(lse), lse, 0.0))
-    high = p.dtype
-    dp = jnp.einsum("blgrk,bmgk->bgrlm", d5, v, preferred_element_type=high)
-    pd = p
+    delta = jnp.sum(d_out.astype(high) * out.astype(high), axis=-1, keepdims=True)
+    rows_of = [_heads_first(x, groups) for x in (q, d_out, delta)] + [
+        jnp.where(jnp.isfinite(lse), lse, 0.0)[..., None]
+    ]
+    kh, kt = jnp.swapaxes(k, 1, 2), jnp.transpose(k, (0, 2, 3, 1))
+    vt = jnp.transpose(v, (0, 2, 3, 1))
+    dkt, dvt = jnp.zeros(kt.shape, high), jnp.zeros(vt.shape, high)
+    dqs = []
+    for start, rows, count in bands(q.shape[1], block_rows()):
+        lo, hi = mask.extent(start, rows * count, k.shape[1])
+        if lo == hi:
+            dqs.append(jnp.zeros((*rows_of[0].shape[:3], rows * count, q.shape[-1]), q.dtype))
+            continue
+        cut = (kh[:, :, lo:hi], kt[..., lo:hi], vt[..., lo:hi])
+
+        def block(carry, i0, rows=rows, lo=lo, hi=hi, cut=cut):
+            tile = (i0, rows, lo, hi - lo)
+            mine = [_cut(x, i0, rows) for x in rows_of]
+            dq, dkt, dvt = _gradient(mine, cut, mask, keys, rule, tile, k.shape[1])
+            return (carry[0] + dkt, carry[1] + dvt), dq
+
+        sums, dq = _blocks(block, start, rows, count, (dkt[..., lo:hi], dvt[..., lo:hi]))
+        dkt, dvt = dkt.at[..., lo:hi].set(sums[0]), dvt.at[..., lo:hi].set(sums[1])
+        dqs.append(dq)
+    dq = _heads_last(jnp.concatenate(dqs, axis=3))
+    dk, dv = (jnp.transpose(x, (0, 3, 1, 2)).astype(k.dtype) for x in (dkt, dvt))
+    return dq, dk, dv, None, None
+
+
+def _gradient(mine, cut, mask: Mask, keys, rule: Rule, tile: Tile, memory: int):
+    """dq [B, G, R, rows, K] and, transposed, dk and dv [B, G, K, cols] of one tile."""
+    q, d_out, delta, lse = mine
+    kh, kt, vt = cut
+    high = lse.dtype
+    s, capped = finish(_dot(q, kt, high), mask, rule, tile)
+    p = jnp.exp(s - lse)
+    dp = _dot(d_out, vt, high)
+    used = p
     if rule.dropout:
-        keep = kept(keys, rule, q.shape[2], tile, memory).reshape(p.shape)
-        pd = jnp.where(keep, p / (1.0 - rule.dropout), 0.0)
+        keep = kept(keys, rule, q.shape[1] * q.shape[2], tile, memory).reshape(p.shape)
+        used = jnp.where(keep, p / (1.0 - rule.dropout), 0.0)
         dp = jnp.where(keep, dp / (1.0 - rule.dropout), 0.0)
-    delta = jnp.sum(d5.astype(high) * o5.astype(high), axis=-1)
-    ds = p * (dp - jnp.moveaxis(delta, 1, -1)[..., None])
+    ds = p * (dp - delta)
     if rule.softcap:
         ds = ds * (1.0 - jnp.square(capped / rule.softcap))
     ds = (ds * rule.scale).astype(q.dtype)
-    dv = jnp.einsum("bgrlm,blgrk->bmgk", pd.astype(q.dtype), d5, preferred_element_type=high)
-    dq = jnp.einsum("bgrlm,bmgk->blgrk", ds, k, preferred_element_type=high)
-    dk = jnp.einsum("bgrlm,blgrk->bmgk", ds, q5, preferred_element_type=high)
-    return dq.reshape(q.shape).astype(q.dtype), dk, dv
+    dq = _dot(ds, kh, high).astype(q.dtype)
+    flat = (*ds.shape[:2], -1, ds.shape[-1])
+    dkt = _dot(_columns(q)[:, :, None], ds.reshape(flat), high)[:, :, 0]
+    dvt = _dot(_columns(d_out)[:, :, None], used.astype(q.dtype).reshape(flat), high)[:, :, 0]
+    return dq, dkt, dvt
 
 
 blockwise.defvjp(_forward, _backward)

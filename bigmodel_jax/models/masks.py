@@ -21,7 +21,8 @@ class Mask:
     causal: j <= i, or j < prefix where a prefix [B] is given (prefix LM, Raffel et al. 2020).
     window: |i - j| < window; 0 means no window. A causal window of w is the query and w - 1 keys
       before it.
-    segments_q [B, L], segments_kv [B, M]: equal numbers. Packed documents do not see each other.
+    segments_q [B, L], segments_kv [B, M] (default: segments_q): equal numbers, so that packed
+      documents do not see each other.
     kv_length [B]: j < kv_length; the rest of a cache is empty.
     offset [B]: query 0 is at index `offset` of the keys (cached decoding); default 0.
 
@@ -39,7 +40,7 @@ class Mask:
 
     def parts(self) -> set[str]:
         """Names of the conditions in force."""
-        names = ("segments_q", "prefix", "kv_length", "offset")
+        names = ("segments_q", "segments_kv", "prefix", "kv_length", "offset")
         dynamic = {name for name in names if getattr(self, name) is not None}
         return dynamic | {name for name in ("causal", "window") if getattr(self, name)}
 
@@ -64,7 +65,8 @@ class Mask:
                 conditions.append(d > -self.window)
         if self.segments_q is not None:
             queries = jax.lax.dynamic_slice_in_dim(self.segments_q, i0, rows, axis=1)
-            keys = self.segments_kv[:, j0 : j0 + cols]
+            keys = self.segments_q if self.segments_kv is None else self.segments_kv
+            keys = keys[:, j0 : j0 + cols]
             conditions.append(queries[:, :, None] == keys[:, None])
         if self.kv_length is not None:
             conditions.append(j < _column(self.kv_length))

@@ -54,65 +54,35 @@ def split(q: jax.Array, groups: int) -> jax.Array:
     return q.reshape(b, length, groups, heads // groups, k)
 
 
-def scores(
-    q: jax.Array, k: jax.Array, mask: Mask, rule: Rule, tile: Tile, bias: jax.Array | None = None
+def finish(
+    raw: jax.Array, mask: Mask, rule: Rule, tile: Tile, bias: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """(scores, capped scores before biases), both [B, G, R, rows, cols], at least float32.
+    """Scores from raw products q k^T [B, G, R, rows, cols]; hidden keys score -inf.
 
     Args:
-      q: [B, rows, G, R, K]; k: [B, cols, G, K]: already cut to the tile.
       bias: [B or 1, H or 1, rows, cols].
 
-    Hidden keys score -inf.
+    Returns:
+      (scores, capped scores before biases), shaped and typed as `raw`.
     """
-    high = jnp.promote_types(q.dtype, jnp.float32)
-    raw = jnp.einsum("blgrk,bmgk->bgrlm", q, k, preferred_element_type=high) * rule.scale
-    capped = rule.softcap * jnp.tanh(raw / rule.softcap) if rule.softcap else raw
-    s = capped
-    groups, per = s.shape[1:3]
+    groups, per = raw.shape[1:3]
+    s = raw * rule.scale
+    capped = s = rule.softcap * jnp.tanh(s / rule.softcap) if rule.softcap else s
     if rule.alibi:
-        line = biases(mask, rule, groups * per, tile, high)
+        line = biases(mask, rule, groups * per, tile, raw.dtype)
         s = s + line.reshape(line.shape[0], groups, per, *line.shape[2:])
     if bias is not None:
         full = jnp.broadcast_to(bias, (bias.shape[0], groups * per, *bias.shape[2:]))
-        s = s + full.reshape(bias.shape[0], groups, per, *bias.shape[2:]).astype(high)
+        s = s + full.reshape(bias.shape[0], groups, per, *bias.shape[2:]).astype(raw.dtype)
     visible = mask.visible(*tile)
     if visible is not None:
         s = jnp.where(visible[:, None, None], s, -jnp.inf)
     return s, capped
 
 
-def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: Mask,
-    rule: Rule,
-    tile: Tile,
-    bias: jax.Array | None = None,
-    keys: jax.Array | None = None,
-    memory: int | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Softmax attention of one tile that holds all the keys its queries can see.
-
-    Args:
-      q: [B, rows, H, K]; k, v: [B, cols, G, K]: already cut to the tile.
-      keys: dropout keys [B]; memory: M of the whole, for their masks.
-
-    Returns:
-      out [B, rows, H, K] in q's dtype, and log-sum-exp of the scores [B, G, R, rows], -inf where
-      a query sees nothing.
-    """
-    s, _ = scores(split(q, k.shape[2]), k, mask, rule, tile, bias)
+def exponentials(s: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(e, total, top): softmax(s) = e / total without overflow; total is 0 where all is hidden."""
     top = jnp.max(s, axis=-1, keepdims=True)
     top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
     e = jnp.exp(s - top)
-    total = jnp.sum(e, axis=-1, keepdims=True)
-    seen = total > 0
-    lse = jnp.where(seen, jnp.log(jnp.where(seen, total, 1.0)) + top, -jnp.inf)[..., 0]
-    p = e / jnp.where(seen, total, 1.0)
-    if rule.dropout:
-        keep = kept(keys, rule, q.shape[2], tile, k.shape[1] if memory is None else memory)
-        p = jnp.where(keep.reshape(p.shape), p / (1.0 - rule.dropout), 0.0)
-    out = jnp.einsum("bgrlm,bmgk->blgrk", p.astype(v.dtype), v, preferred_element_type=p.dtype)
-    return out.reshape(q.shape[:3] + v.shape[3:]).astype(q.dtype), lse
+    return e, jnp.sum(e, axis=-1, keepdims=True), top

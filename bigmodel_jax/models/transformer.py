@@ -371,8 +371,7 @@ class Transformer(nn.Module):
         x = ops.dropout(x, ops.fold(keys, spec.num_layers), spec.embed_dropout)
         x = constrain(x, ("batch", "length", "embed_act"))
         mask = Mask(
-            causal=spec.causal, window=spec.window, segments_q=segments, segments_kv=segments,
-            prefix=prefix, offset=length,
+            causal=spec.causal, window=spec.window, segments_q=segments, prefix=prefix, offset=length
         )  # fmt: skip
         rope = None
         if spec.positions == "rotary":
