@@ -1,0 +1,80 @@
+"""Closed forms against the compiler's count, published numbers, and the models themselves."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from bigmodel_jax import flops
+
+SHAPE = {"layers": 2, "width": 64, "heads": 4, "head_dim": 16, "mlp": 256, "vocab": 512, "length": 32}
+
+
+def _cost(layers, gated, kv_heads):
+    """FLOPs XLA counts in loss and gradient of a hand-written, unrolled, matmul-only stack."""
+    d, h, k, f, v, length, batch = 64, 4, 16, 256, 512, 32, 2
+    g = kv_heads
+
+    def forward(p, x):
+        for w in p["layers"]:
+            q = jnp.einsum("bld,dgrk->blgrk", x, w["q"])
+            key, value = jnp.einsum("bld,dgk->blgk", x, w["k"]), jnp.einsum("bld,dgk->blgk", x, w["v"])
+            scores = jnp.einsum("blgrk,bmgk->bgrlm", q, key)
+            mixed = jnp.einsum("bgrlm,bmgk->blgrk", scores, value)
+            x = jnp.einsum("blgrk,grkd->bld", mixed, w["o"])
+            up = x @ w["up"]
+            x = (up * (x @ w["gate"]) if gated else up) @ w["down"]
+        return jnp.vdot(x @ p["head"], x @ p["head"])
+
+    shapes = {"q": (d, g, h // g, k), "k": (d, g, k), "v": (d, g, k), "o": (g, h // g, k, d), "up": (d, f), "down": (f, d)}
+    shapes |= {"gate": (d, f)} if gated else {}
+    make = lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
+    params = {"layers": [{n: make(s) for n, s in shapes.items()} for _ in range(layers)], "head": make((d, v))}
+    compiled = jax.jit(jax.grad(forward, argnums=(0, 1))).lower(params, make((batch, length, d))).compile()
+    return compiled.cost_analysis()["flops"] / (batch * length)
+
+
+@pytest.mark.parametrize("gated,kv_heads", [(False, 4), (True, 2)])
+def test_training_flops_equal_the_compilers_count(gated, kv_heads):
+    ours = flops.transformer_training(**SHAPE, gated=gated, kv_heads=kv_heads)
+    theirs = _cost(2, gated, kv_heads)
+    assert ours == pytest.approx(theirs, rel=0.02)
+    wrong = flops.transformer_training(**{**SHAPE, "layers": 1}, gated=gated, kv_heads=kv_heads)
+    assert wrong != pytest.approx(theirs, rel=0.02)
+
+
+def test_gpt2_124m_is_six_n_plus_attention():
+    shape = {"layers": 12, "width": 768, "heads": 12, "head_dim": 64, "mlp": 3072, "vocab": 50257, "length": 1024}
+    n = 12 * 12 * 768**2 + 50257 * 768
+    assert n == 123_532_032
+    assert flops.transformer_training(**shape) == 6 * n + 12 * 12 * 1024 * 768
+
+
+@pytest.mark.parametrize(
+    "blocks,bottleneck,gmacs",
+    # MACs at 224 of torchvision's models (stride in the 3x3), as its model tables publish them.
+    [((2, 2, 2, 2), False, 1.814), ((3, 4, 6, 3), False, 3.664), ((3, 4, 6, 3), True, 4.089), ((3, 4, 23, 3), True, 7.801), ((3, 8, 36, 3), True, 11.514)],
+)
+def test_resnets_at_224(blocks, bottleneck, gmacs):
+    ours = flops.resnet_forward(blocks=blocks, bottleneck=bottleneck, size=224, classes=1000)
+    assert ours / 2e9 == pytest.approx(gmacs, rel=1e-3)
+
+
+def test_resnet20_on_cifar():
+    # He et al. 2015, section 4.2; 40.55 million multiply-accumulates without shortcut parameters.
+    ours = flops.resnet_forward(blocks=(3, 3, 3), bottleneck=False, size=32, classes=10, width=16, stem="cifar")
+    assert ours / 2e6 == pytest.approx(40.55, rel=2e-3)
+
+
+def test_peaks_are_known_or_not_available():
+    assert flops.peak("NVIDIA H100 80GB HBM3", "bfloat16") == 989.4e12
+    assert flops.peak("NVIDIA H100 PCIe", "bfloat16") == 756e12
+    assert flops.peak("NVIDIA H200", "bfloat16") == 989.4e12
+    assert flops.peak("TPU v4", "bfloat16") == 275e12
+    assert flops.peak("TPU v5 lite", "bfloat16") == 197e12
+    assert flops.peak("TPU v5p", "bfloat16") == flops.peak("TPU v5", "bfloat16") == 459e12
+    assert flops.peak("NVIDIA A100-SXM4-40GB", "float16") == 312e12
+    for kind in ("cpu", "NVIDIA GeForce RTX 9090", ""):
+        assert flops.peak(kind, "bfloat16") is None and flops.source(kind) == "n/a"
+    assert flops.peak("TPU v4", "float32") is None
+    assert flops.utilisation(1e15, 2.0, None) is None
+    assert flops.utilisation(989.4e12, 2.0, 989.4e12, devices=2) == pytest.approx(0.25)
