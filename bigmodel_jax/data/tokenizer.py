@@ -310,26 +310,33 @@ def train_tokenizer(
     return SentencePiece(_train(sentences, kind, vocab_size, pieces))
 
 
-def _coverage(sentences: Sequence[str], limit: int) -> float:
-    """Share of characters that get a piece of their own: 0.9999, less where that would be more than `limit`
-    characters.
+def _within(sentences: list[str], limit: int) -> tuple[list[str], float]:
+    """(sentences, share of their characters to get a piece of their own), for at most `limit` characters.
+
+    SentencePiece takes no share below 0.98: where that is needed, sentences are cut at the rarest characters.
     """
     counts: collections.Counter[str] = collections.Counter()
     for sentence in sentences:
         counts.update(sentence)
-    ordered = np.array(sorted(counts.values(), reverse=True), np.float64)
-    covered = float(ordered[:limit].sum() / max(ordered.sum(), 1.0))
-    return min(_COVERAGE, covered)
+    ordered = sorted(counts, key=lambda character: (-counts[character], character))
+    total = max(sum(counts.values()), 1)
+    share = sum(counts[character] for character in ordered[:limit]) / total
+    if share >= 0.98 or not sentences:
+        return sentences, min(_COVERAGE, share)
+    rare = re.compile(f"[{re.escape(''.join(ordered[limit:]))}]+")
+    return [part for sentence in sentences for part in rare.split(sentence) if part], 1.0
 
 
-def _train(sentences: Sequence[str], kind: str, vocab_size: int, pieces: str) -> bytes:
+def _train(sentences: list[str], kind: str, vocab_size: int, pieces: str) -> bytes:
     import sentencepiece
 
     model = io.BytesIO()
+    sentences, coverage = _within(sentences, (vocab_size - _RESERVED) // 2)
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(sentences), model_writer=model, model_type=kind, vocab_size=vocab_size,
-            character_coverage=_coverage(sentences, (vocab_size - _RESERVED) // 2), byte_fallback=True,
+            character_coverage=coverage, byte_fallback=True,
+            required_chars=SPACE,  # without a piece a space would become the bytes of the space sign
             normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True, max_sentence_length=1 << 20,
             pad_id=0, eos_id=1, unk_id=2, bos_id=-1, control_symbols=["<mask>"],
