@@ -1,0 +1,121 @@
+"""The `bigmodel` command. Imports live inside the verbs, so that a typo is answered at once.
+
+Errors are one line on stderr and a distinct exit code (errors.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Sequence
+
+from bigmodel_jax.errors import InputError, RunError, nearest
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with its errors in one line like every other."""
+
+    def error(self, message: str) -> None:
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="bigmodel", description="Pretrain, evaluate and sample models in JAX.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, text: str, config: bool = True) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
+        if config:
+            sub.add_argument("--config", required=name != "prepare", help="FILE.py or FILE.py:ARG")
+        return sub
+
+    train = verb("train", "Train an experiment, or continue it.")
+    train.add_argument("--workdir", required=True, help="directory of the run")
+    train.add_argument("--allow-config-change", action="store_true", help="go on although the config changed")
+    evaluate = verb("eval", "Evaluate the latest checkpoint of a run.", config=False)
+    evaluate.add_argument("--workdir", required=True)
+    evaluate.add_argument("--step", type=int, help="checkpoint step, default the latest")
+    generate = verb("generate", "Continue a prompt with a trained decoder.", config=False)
+    generate.add_argument("--workdir", required=True)
+    generate.add_argument("--prompt", action="append", help="may be given several times")
+    generate.add_argument("--length", type=int, default=200, help="new tokens")
+    generate.add_argument("--temperature", type=float, default=0.8)
+    generate.add_argument("--top-k", type=int, default=0)
+    generate.add_argument("--top-p", type=float, default=0.95)
+    generate.add_argument("--seed", type=int, default=0)
+    prepare = verb("prepare", "Turn a corpus into token shards.", config=False)
+    prepare.add_argument("--source", action="append", required=True, help="stdlib, files, folders, globs, tfds:...")
+    prepare.add_argument("--out", required=True, help="directory for the shards")
+    return parser
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(arguments, overrides): --config.a.b=1 and "--config.a.b 1" both are overrides."""
+    arguments, overrides = [], []
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--config."):
+            arguments.append(word)
+        elif "=" in word or not rest:
+            overrides.append(word)
+        else:
+            overrides.append(f"{word}={rest.pop(0)}")
+    return arguments, overrides
+
+
+def _check_verb(arguments: Sequence[str]) -> None:
+    verbs = ("train", "eval", "generate", "prepare")
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in verbs:
+        raise InputError(f"unknown verb '{arguments[0]}'{nearest(arguments[0], verbs)}; verbs: {', '.join(verbs)}")
+
+
+def run(argv: Sequence[str]) -> None:
+    """Carry out one command; raises what went wrong."""
+    arguments, overrides = _split(argv)
+    _check_verb(arguments)
+    args = _parser().parse_args(arguments)
+    if args.verb == "train":
+        from bigmodel_jax import experiment
+        from bigmodel_jax.train import train
+
+        config = experiment.resolve(experiment.read(args.config), overrides)
+        train(config, args.workdir, allow_config_change=args.allow_config_change)
+    elif args.verb == "eval":
+        from bigmodel_jax.offline import evaluate_run
+
+        evaluate_run(args.workdir, overrides, step=args.step)
+    elif args.verb == "generate":
+        from bigmodel_jax.offline import generate_from_run
+
+        generate_from_run(
+            args.workdir, overrides, prompts=args.prompt or [""], length=args.length,
+            temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
+        )  # fmt: skip
+    else:
+        from bigmodel_jax.offline import prepare_corpus
+
+        prepare_corpus(args.source, args.out, overrides)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the `bigmodel` command."""
+    try:
+        run(sys.argv[1:] if argv is None else argv)
+    except RunError as error:
+        code, message = error.exit_code, str(error)
+    except OSError as error:
+        full = error.errno == errno.ENOSPC
+        code = 1
+        message = f"{'disk full: ' if full else ''}{type(error).__name__}: {error}"
+    except KeyboardInterrupt:
+        code, message = 130, "interrupted"
+    else:
+        return
+    print(f"bigmodel: {' '.join(message.split())}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Daemon threads of the runtime may wait for work that will never come.
+    os._exit(code)

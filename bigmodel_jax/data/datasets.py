@@ -1,0 +1,154 @@
+"""Data sets by name: what a config's `data` section builds.
+
+Each is a frozen dataclass whose fields are the config leaves. `spec()` gives the fields of a
+training row without touching data; `load()` gives pipelines.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bigmodel_jax.data.order import BatchRamp
+from bigmodel_jax.data.packing import cache_root
+from bigmodel_jax.data.pipeline import Pipeline
+from bigmodel_jax.data.prepare import prepare
+from bigmodel_jax.data.text import Documents, MaskTokens, TargetBytes
+from bigmodel_jax.data.token_rows import TokenShards
+from bigmodel_jax.data.tokenizer import load_tokenizer
+from bigmodel_jax.errors import InputError
+
+Spec = dict[str, tuple[tuple[int, ...], str]]
+Progress = Callable[[str, float, float], None] | None
+
+
+class Loaded(NamedTuple):
+    """Pipelines of one data set. Sizes that do not apply are 0."""
+
+    train: Pipeline
+    evals: dict[str, Pipeline]
+    tokenizer: Any = None
+    vocab_size: int = 0
+    num_classes: int = 0
+    in_channels: int = 0
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the training order and content, and of every evaluation set."""
+        parts = [self.train.fingerprint, *(f"{n}:{p.fingerprint}" for n, p in sorted(self.evals.items()))]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def ramp(batch_size: int | tuple) -> int | BatchRamp:
+    """A batch size, or a ramp from ((first step, rows), ...)."""
+    return batch_size if isinstance(batch_size, int) else BatchRamp(tuple(map(tuple, batch_size)))
+
+
+@dataclass(frozen=True)
+class Text:
+    """Rows of tokens for a causal LM, from prepared shards or from a corpus prepared on first use.
+
+    shards: directory or URL written by `bigmodel prepare`; it decides over the five leaves below.
+    corpus: what `prepare` reads otherwise ("stdlib", files, JSONL, "tfds:NAME:SPLIT:FIELD").
+    tokenizer, vocab_size, pieces, validation_fraction: see `prepare`.
+    length: tokens in a row. mode: "stream" cuts the concatenated documents every `length` tokens;
+    "pack" keeps documents whole and apart. segments: keep documents of a stream apart, too.
+    block: rows per shuffle block, 1 for a full permutation. cache: where corpora are prepared.
+    """
+
+    shards: str = ""
+    corpus: str = "stdlib"
+    tokenizer: str = "bpe"
+    vocab_size: int = 4096
+    pieces: str = "word"
+    validation_fraction: float = 0.02
+    length: int = 256
+    mode: str = "stream"
+    segments: bool = False
+    block: int = 1
+    cache: str = ""
+
+    def spec(self) -> Spec:
+        row = ((self.length,), "int32")
+        fields = {"tokens": row, "targets": row, "weights": ((self.length,), "float32")}
+        return fields | self._document_fields() | {"bytes": ((self.length,), "float32")}
+
+    def _document_fields(self) -> Spec:
+        row = ((self.length,), "int32")
+        return {"segments": row, "positions": row} if self.segments or self.mode == "pack" else {}
+
+    def directory(self, progress: Progress = None) -> str:
+        """The shards, prepared first where they are not there yet."""
+        if self.shards:
+            return self.shards
+        recipe = {
+            "tokenizer": self.tokenizer, "vocab_size": self.vocab_size, "pieces": self.pieces,
+            "validation_fraction": self.validation_fraction,
+        }  # fmt: skip
+        what = json.dumps([self.corpus, recipe], sort_keys=True)
+        name = hashlib.sha256(what.encode()).hexdigest()[:16]
+        folder = os.path.join(self.cache or cache_root(), "prepared", name)
+        prepare(self.corpus, folder, progress=progress, rebuild=True, **recipe)
+        return folder
+
+    def transforms(self, tokenizer: Any) -> tuple[Any, ...]:
+        cut = (Documents(tokenizer.eos),) if self.segments and self.mode == "stream" else ()
+        return (*cut, TargetBytes(tokenizer.byte_lengths()))
+
+    def load(
+        self, *, seed: int, batch_size: int | tuple, eval_batch_size: int, progress: Progress = None
+    ) -> Loaded:
+        folder = self.directory(progress)
+        tokenizer = load_tokenizer(folder)
+        transforms = self.transforms(tokenizer)
+        train = TokenShards(folder, "train", self.length, self.mode)
+        evals = {}
+        if "validation" in train.meta["splits"]:
+            held_out = TokenShards(folder, "validation", self.length, self.mode)
+            evals["validation"] = Pipeline(held_out, eval_batch_size, seed, transforms, shuffle=False)
+        return Loaded(
+            Pipeline(train, ramp(batch_size), seed, transforms, block=self.block), evals,
+            tokenizer=tokenizer, vocab_size=tokenizer.vocab_size,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MaskedText(Text):
+    """Rows of tokens for a masked LM (BERT's 80/10/10).
+
+    rate: share of tokens to predict. whole_words: mask words, not pieces. static: the same masks
+    in every epoch.
+    """
+
+    rate: float = 0.15
+    whole_words: bool = False
+    static: bool = False
+
+    def slots(self) -> int:
+        """Masked positions a row can hold: the rate, and room for a last long word."""
+        return int(np.ceil(self.rate * self.length)) + (8 if self.whole_words else 0)
+
+    def spec(self) -> Spec:
+        row, slots = ((self.length,), "int32"), ((self.slots(),), "int32")
+        fields = {"tokens": row, "segments": row, "masked_positions": slots, "masked_targets": slots}
+        return fields | self._document_fields() | {"masked_weights": ((self.slots(),), "float32")}
+
+    def transforms(self, tokenizer: Any) -> tuple[Any, ...]:
+        if tokenizer.mask is None:
+            raise InputError("masked LM needs a tokenizer with a mask token; prepare the corpus with this version")
+        cut = (Documents(tokenizer.eos),) if self.segments and self.mode == "stream" else ()
+        words = tokenizer.starts_word() if self.whole_words else None
+        special = tuple(int(i) for i in np.flatnonzero(tokenizer.special()))
+        mask = MaskTokens(
+            tokenizer.vocab_size, tokenizer.mask, special, self.rate, self.slots(), words, self.static
+        )
+        return (*cut, mask)
+
+
+DATASETS: dict[str, Any] = {"text": Text, "masked_text": MaskedText}

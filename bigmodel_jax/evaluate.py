@@ -1,0 +1,70 @@
+"""An evaluation set exactly once, as sums.
+
+The last batch is filled with rows of weight zero, sums add up over batches, and only the final
+division makes a mean of them: the result does not depend on batch size or device count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from bigmodel_jax.data.pipeline import Pipeline
+from bigmodel_jax.parallel.feed import global_batch
+
+Sums = dict[str, tuple[float, float]]
+
+
+def means(sums: Sums, coefficients: Mapping[str, float]) -> dict[str, float]:
+    """{metric: sum / weight}, with "loss" the weighted sum of the objective's terms, and
+    "perplexity" = exp(nll) where there is an nll in nats."""
+    out = {name: total / weight if weight else math.nan for name, (total, weight) in sums.items()}
+    out["loss"] = sum(factor * out[term] for term, factor in coefficients.items())
+    if "nll" in out:
+        out["perplexity"] = math.exp(min(out["nll"], 700.0))
+    return out
+
+
+def evaluate(
+    step: Callable[[Any, Any], Any],
+    state: Any,
+    pipeline: Pipeline,
+    sharding: jax.sharding.Sharding,
+    batch_size: int,
+    *,
+    coefficients: Mapping[str, float],
+    batches: int = 0,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """Metrics of one evaluation set, or None when `stop()` interrupted it.
+
+    Args:
+      step: compiled; (state, batch with leaves [M, ...]) -> {metric: (sum, weight)}.
+      sharding: of the leading dimension M of a batch.
+      batches: the first so many batches; 0 is the whole set, each example once.
+    """
+    total: dict[str, np.ndarray] = {}
+    number = pipeline.num_eval_batches
+    number = min(batches, number) if batches else number
+    pending = None
+
+    def add(sums: Any) -> None:
+        for name, pair in jax.device_get(sums).items():
+            total[name] = total.get(name, 0.0) + np.asarray(pair, np.float64)
+
+    for index in range(number):
+        if stop():
+            return None
+        batch = global_batch(lambda rows, i=index: pipeline.batch(i, rows), sharding, (batch_size,))
+        sums = step(state, batch)
+        if pending is not None:
+            add(pending)
+        pending = sums
+    if pending is not None:
+        add(pending)
+    out = means({name: (float(pair[0]), float(pair[1])) for name, pair in total.items()}, coefficients)
+    return {**out, "examples": float(min(len(pipeline.source), number * batch_size))}

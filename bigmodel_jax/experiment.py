@@ -1,0 +1,378 @@
+"""The front hall: from a config file to an `Experiment`, the values a run is made of.
+
+Nothing below this floor sees a ConfigDict. A section of a config is the keyword arguments of one
+function (see schema.py); what a file leaves out takes that function's default, and the resolved
+config with every value is what a run records, hashes and compares on resume.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from bigmodel_jax import schema
+from bigmodel_jax.data.datasets import DATASETS, Loaded
+from bigmodel_jax.errors import InputError, nearest
+from bigmodel_jax.learn import optim, schedules
+from bigmodel_jax.learn.objectives import OBJECTIVES, Objective
+from bigmodel_jax.models import MODELS
+from bigmodel_jax.models.model import Model
+from bigmodel_jax.parallel.mesh import check_batch, make_mesh
+
+
+@dataclass(frozen=True)
+class Run:
+    """Top-level leaves.
+
+    batch_size: global rows per optimizer step, or a ramp ((first_step, rows), ...).
+    microbatch: global rows per forward pass; 0 is the whole batch. Accumulation is derived.
+    """
+
+    seed: int = 0
+    steps: int = 1000
+    batch_size: int | tuple = 32
+    microbatch: int = 0
+
+
+@dataclass(frozen=True)
+class Eval:
+    """every: steps between evaluations (0: only at the end). batches: 0 is the whole set, once."""
+
+    every: int = 0
+    batch_size: int = 32
+    batches: int = 0
+
+
+@dataclass(frozen=True)
+class MeshSize:
+    """Devices per mesh axis; one may be -1, "the rest"."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """every: steps between saves (0: only at the end and on preemption). keep_every: steps whose
+    checkpoints are never deleted (0: none)."""
+
+    every: int = 0
+    keep_last: int = 3
+    keep_every: int = 0
+    asynchronous: bool = True
+    timeout_s: float = 1200.0
+
+
+@dataclass(frozen=True)
+class Guard:
+    """policy: "skip" leaves the state as it was on a bad step, "crash" aborts (exit 76).
+
+    A step is bad when loss or gradient norm is not finite, or above spike_factor times its running
+    median (0: no spike check). limit: consecutive bad steps that abort a skipping run.
+    """
+
+    policy: str = "skip"
+    spike_factor: float = 0.0
+    window: int = 64
+    limit: int = 10
+
+
+@dataclass(frozen=True)
+class Log:
+    """every: steps between metrics rows. norms: gradient, parameter and update norm per group."""
+
+    every: int = 10
+    norms: bool = False
+    ledger: bool = False
+    tensorboard: bool = True
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How the program runs, not what it computes.
+
+    platform: "cpu", "gpu" or "tpu" must be there, "" takes what there is. watchdog_s: seconds
+    without a finished step after which stacks are dumped and the run exits 77 (0: off).
+    compilation_cache: directory, "" for the user's cache, "off" for none. profile: (first step,
+    steps) of a profiler window, () for none.
+    """
+
+    platform: str = ""
+    x64: bool = False
+    watchdog_s: float = 0.0
+    compilation_cache: str = ""
+    profile: tuple = ()
+    prefetch: int = 2
+    deterministic: bool = False
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Text printed at the end of a causal-LM run. length 0: none."""
+
+    prompt: str = ""
+    length: int = 0
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 0.95
+
+
+@dataclass(frozen=True)
+class InitFrom:
+    """Parameters to start from: a run or checkpoint directory, renames (regex, replacement), and
+    regexes of parameters to leave at their initial values."""
+
+    path: str = ""
+    rename: tuple = ()
+    skip: tuple = ()
+    ema: bool = False
+
+
+PLAIN = {
+    "eval": Eval, "mesh": MeshSize, "checkpoint": Checkpoint, "guard": Guard, "log": Log,
+    "runtime": Runtime, "sample": Sample, "init_from": InitFrom,
+}  # fmt: skip
+@dataclass(frozen=True)
+class Optimizer:
+    """Leaves of every optimizer; those of the named one join them. See learn/optim.py."""
+
+    lr: float = 1e-3
+    clip: float = 0.0
+    decay: str = "decoupled"
+    weight_decay: float = 0.0
+    groups: tuple = optim.DEFAULT_GROUPS
+    ema: float = 0.0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Leaf of every schedule: updates of linear warm-up. See learn/schedules.py."""
+
+    warmup: int = 0
+
+
+# section: (functions by name, leaves that all of them share)
+NAMED = {
+    "model": (MODELS,),
+    "objective": (OBJECTIVES,),
+    "optimizer": (optim.OPTIMIZERS, Optimizer),
+    "schedule": (schedules.SCHEDULES, Schedule),
+    "data": (DATASETS,),
+}
+# Model sizes that a config may leave to the data.
+FROM_DATA = ("vocab_size", "num_classes", "in_channels")
+# How a run is carried out. These may differ between a run and its continuation.
+MECHANICS = ("mesh", "runtime", "log", "checkpoint", "microbatch")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything a run is made of, built from a resolved config.
+
+    spec: {field: (shape of one row, dtype)} of a training batch.
+    data: pipelines and tokenizer; None when built abstractly.
+    """
+
+    config: dict[str, Any]
+    model: Model
+    objective: Objective
+    learning_rate: Callable[[Any], Any]
+    tx: Any
+    mesh: jax.sharding.Mesh
+    spec: dict[str, tuple[tuple[int, ...], Any]]
+    data: Loaded | None
+
+    def section(self, name: str) -> Any:
+        """A plain section as its frozen dataclass, for example `section("eval").every`."""
+        return PLAIN[name](**self.config[name])
+
+    @property
+    def run(self) -> Run:
+        return Run(**{leaf: self.config[leaf] for leaf in schema.leaves(Run)})
+
+    def batch_sizes(self) -> tuple[int, ...]:
+        """The distinct global batch sizes of the run, one for most."""
+        size = self.run.batch_size
+        return (size,) if isinstance(size, int) else tuple(sorted({rows for _, rows in size}))
+
+    def cut(self, batch_size: int) -> tuple[int, int]:
+        """(accumulation steps A, rows of a microbatch M) for a global batch size."""
+        accumulation = check_batch(batch_size, min(self.run.microbatch, batch_size), self.mesh)
+        return accumulation, batch_size // accumulation
+
+
+def read(path: str) -> dict[str, Any]:
+    """Raw config from "FILE.py" or "FILE.py:ARG": get_config(arg) as nested dicts.
+
+    The file may import other configs as `configs.NAME`: the folder above its own is searched first.
+    """
+    file, _, arg = path.partition(":")
+    source = Path(file)
+    if not source.is_file():
+        near = sorted(source.parent.glob("*.py")) if source.parent.is_dir() else []
+        raise InputError(f"no config file '{file}'{nearest(file, map(str, near))}")
+    root = str(source.resolve().parent.parent)
+    if root not in sys.path:
+        sys.path.insert(0, root)
+    module_spec = importlib.util.spec_from_file_location(f"config_{source.stem}", source)
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+        config = module.get_config(arg) if arg else module.get_config()
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"config '{path}' does not load: {type(error).__name__}: {error}") from error
+    return config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
+
+
+def resolve(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The config with every leaf: file, then overrides ("--config.a.b=value"), then defaults.
+
+    Raises:
+      InputError: unknown section, leaf or name, or a value of another type; one line, with the
+        nearest legal name.
+    """
+    raw = json.loads(json.dumps(raw))
+    for argument in overrides:
+        schema.override(raw, *schema.parse_override(argument))
+    top = schema.leaves(Run)
+    legal = [*top, *PLAIN, *NAMED]
+    for key in raw:
+        if key not in legal:
+            raise InputError(f"config has no section or leaf '{key}'{nearest(key, legal)}")
+    out = schema.complete({k: v for k, v in raw.items() if k in top}, "", Run)
+    for section, fn in PLAIN.items():
+        out[section] = schema.complete(_dict(raw, section), f"{section}.", fn)
+    for section, (table, *more) in NAMED.items():
+        values = dict(_dict(raw, section))
+        name = values.pop("name", None)
+        fn = schema.choose(table, name, f"{section}.name")
+        for size in FROM_DATA:
+            if size in schema.leaves(fn) and section == "model":
+                values.setdefault(size, 0)
+        out[section] = {"name": name, **schema.complete(values, f"{section}.", *more, fn)}
+    return out
+
+
+def _dict(raw: Mapping[str, Any], section: str) -> Mapping[str, Any]:
+    values = raw.get(section, {})
+    if not isinstance(values, Mapping):
+        raise InputError(f"config '{section}' is a section of leaves, not {values!r}")
+    return values
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """Hash of what determines the result: the resolved config without its mechanics."""
+    what = {key: value for key, value in config.items() if key not in MECHANICS}
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def build(
+    config: Mapping[str, Any],
+    *,
+    devices: Sequence[Any] | None = None,
+    load: bool = True,
+    progress: Callable[..., None] | None = None,
+) -> Experiment:
+    """Build an experiment from a resolved config.
+
+    Args:
+      devices: devices of the mesh, default all.
+      load: False builds without touching data, for lowering and planning; the model's sizes must
+        then be in the config.
+      progress: called as data is prepared.
+
+    Raises:
+      InputError: sizes that do not fit together, or data that cannot be read.
+    """
+    config = json.loads(json.dumps(config), object_hook=_tuples)
+    run = Run(**{leaf: config[leaf] for leaf in schema.leaves(Run)})
+    _check_sizes(run, config)
+    mesh = make_mesh(config["mesh"], devices)
+    dataset = DATASETS[config["data"]["name"]](**_without_name(config["data"]))
+    data = None
+    if load:
+        data = dataset.load(
+            seed=run.seed,
+            batch_size=run.batch_size,
+            eval_batch_size=config["eval"]["batch_size"],
+            progress=progress,
+        )
+    _fit_model_to_data(config, data)
+    model = MODELS[config["model"]["name"]](**_without_name(config["model"]))
+    objective = OBJECTIVES[config["objective"]["name"]](**_without_name(config["objective"]))
+    learning_rate = schedules.make(
+        peak=config["optimizer"]["lr"], total=run.steps, **config["schedule"]
+    )
+    shapes, axes = model.abstract()
+    options = {k: v for k, v in config["optimizer"].items() if k not in ("lr", "ema")}
+    tx = optim.make(shapes["params"], lr=learning_rate, axes=axes["params"], **options)
+    experiment = Experiment(
+        config=config, model=model, objective=objective, learning_rate=learning_rate, tx=tx,
+        mesh=mesh, spec=dataset.spec(), data=data,
+    )  # fmt: skip
+    for size in experiment.batch_sizes():
+        accumulation, _ = experiment.cut(size)
+        if accumulation > 1 and not objective.additive:
+            raise InputError(
+                f"objective '{config['objective']['name']}' is not a sum over examples, so microbatch "
+                f"must be 0 or {size}"
+            )
+    check_batch(config["eval"]["batch_size"], 0, mesh)
+    return experiment
+
+
+def _check_sizes(run: Run, config: Mapping[str, Any]) -> None:
+    if run.steps < 1:
+        raise InputError(f"config leaf 'steps' = {run.steps} should be at least 1")
+    if config["guard"]["policy"] not in ("skip", "crash"):
+        raise InputError(f"config leaf 'guard.policy' = {config['guard']['policy']!r} should be skip or crash")
+    if config["runtime"]["x64"] is False and "float64" in (
+        config["model"].get("dtype"),
+        config["model"].get("param_dtype"),
+    ):
+        raise InputError("model.dtype float64 needs --config.runtime.x64=True")
+
+
+def _fit_model_to_data(config: dict[str, Any], data: Loaded | None) -> None:
+    """Take sizes left at 0 from the data; refuse sizes that contradict it."""
+    model = config["model"]
+    for leaf in FROM_DATA:
+        if leaf not in model:
+            continue
+        found = getattr(data, leaf) if data is not None else 0
+        if model[leaf] == 0 and not found:
+            raise InputError(f"config leaf 'model.{leaf}' must be given when there is no data to take it from")
+        if model[leaf] == 0:
+            model[leaf] = found
+        elif found and model[leaf] != found:
+            raise InputError(
+                f"config leaf 'model.{leaf}' = {model[leaf]}, but the data has {found}; "
+                f"leave it 0 to take it from the data"
+            )
+    length, longest = config["data"].get("length", 0), model.get("max_length", 0)
+    if longest and length > longest:
+        raise InputError(f"data.length {length} is longer than model.max_length {longest}")
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    def convert(value: Any) -> Any:
+        return tuple(convert(item) for item in value) if isinstance(value, list) else value
+
+    return {key: convert(value) for key, value in values.items()}
+
+
+def _without_name(section: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in section.items() if key != "name"}

@@ -1,0 +1,108 @@
+"""Verbs that work on a finished or running run: evaluate it, sample from it; and `prepare`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from bigmodel_jax import experiment as experiments
+from bigmodel_jax import schema, workdir as workdirs
+from bigmodel_jax.checkpoint import Checkpointer
+from bigmodel_jax.data.prepare import prepare
+from bigmodel_jax.errors import InputError
+from bigmodel_jax.evaluate import evaluate
+from bigmodel_jax.experiment import Experiment
+from bigmodel_jax.generate import generate
+from bigmodel_jax.programs import Programs, set_up_process
+from bigmodel_jax.screen import Screen
+
+
+def open_run(path: str, overrides: Sequence[str], step: int | None = None) -> tuple[Experiment, Programs, Any, int]:
+    """(experiment, programs, state, step) of a checkpoint, restored for reading only.
+
+    Raises:
+      InputError: no run or no checkpoint there, or an override that does not fit.
+    """
+    workdir = workdirs.existing(path)
+    config = json.loads((workdir / "config.json").read_text())
+    config = experiments.resolve(config, overrides)
+    set_up_process(experiments.Runtime(**config["runtime"]))
+    screen = Screen()
+    with screen:
+        exp = experiments.build(config, progress=screen.preparing)
+    programs = Programs(exp)
+    with Checkpointer(workdir / "checkpoints", readonly=True, log=screen.say) as checkpoints:
+        found = checkpoints.restore(programs.state, step)
+    if found is None:
+        raise InputError(f"'{path}' has no checkpoint yet; train it first")
+    state, meta = found
+    return exp, programs, state, int(meta["step"])
+
+
+def evaluate_run(path: str, overrides: Sequence[str], step: int | None = None) -> dict[str, Any]:
+    """Every evaluation set on one checkpoint; prints the metrics as JSON."""
+    exp, programs, state, step = open_run(path, overrides, step)
+    settings = exp.section("eval")
+    results = {
+        name: evaluate(
+            programs.evaluate, state, pipeline, programs.eval_sharding, settings.batch_size,
+            coefficients=exp.objective.coefficients, batches=settings.batches,
+        )
+        for name, pipeline in exp.data.evals.items()
+    }  # fmt: skip
+    out = {"step": step, "eval": results}
+    print(json.dumps(out, indent=1, sort_keys=True))
+    return out
+
+
+def generate_from_run(
+    path: str,
+    overrides: Sequence[str],
+    *,
+    prompts: Sequence[str],
+    length: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+) -> list[str]:
+    """Continue each prompt; prints prompt and continuation, one after the other."""
+    exp, programs, state, _ = open_run(path, overrides)
+    tokenizer = exp.data.tokenizer
+    if tokenizer is None:
+        raise InputError(f"'{path}' is not a language model: it has no tokenizer to generate text with")
+    encoded = [[tokenizer.eos, *tokenizer.encode(prompt).tolist()] for prompt in prompts]
+    rows = generate(
+        exp.model, programs.eval_variables(state), encoded, length=length, key=jax.random.key(seed),
+        temperature=temperature, top_k=top_k, top_p=top_p, eos=tokenizer.eos, pad=tokenizer.pad,
+    )  # fmt: skip
+    texts = [prompt + tokenizer.decode(row.tolist()) for prompt, row in zip(prompts, rows)]
+    for text in texts:
+        print(text)
+    return texts
+
+
+def prepare_corpus(sources: Sequence[str], out: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Write token shards; prints what was kept, and what was dropped and why.
+
+    Args:
+      overrides: "--config.LEAF=VALUE" of `data.prepare.prepare`, for example --config.vocab_size=8192.
+    """
+    values = dict(schema.parse_override(text) for text in overrides)
+    hidden = ("progress", "wait_s")
+    settings = schema.complete(values, "", prepare)
+    settings = {key: value for key, value in settings.items() if key not in hidden}
+    with Screen() as screen:
+        meta = prepare(list(sources), out, progress=screen.preparing, **settings)
+    splits = {
+        name: {key: split[key] for key in ("documents", "tokens", "bytes")}
+        for name, split in meta["splits"].items()
+    }
+    shown = {"splits": splits, "vocab_size": meta["vocab_size"], "fingerprint": meta["fingerprint"]}
+    print(json.dumps({**shown, "report": meta.get("report", {})}, indent=1))
+    sys.stdout.flush()
+    return meta

@@ -1,0 +1,149 @@
+"""The compiled programs of a run: initialise, train step per batch size, evaluate.
+
+Each is lowered from shapes alone, so the same code serves a run, a test that lowers a 70B config
+without memory for it, and a plan. Compiled ahead of time, a program cannot recompile behind the
+loop's back: another shape is an error, not a slow step.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from bigmodel_jax import tree
+from bigmodel_jax.experiment import Experiment
+from bigmodel_jax.learn import optim, state as states, step as steps
+from bigmodel_jax.parallel import hosts
+from bigmodel_jax.parallel.feed import abstract_batch
+from bigmodel_jax.parallel.mesh import batch_sharding
+
+
+def compilation_cache(setting: str) -> str:
+    """Turn on jax's persistent cache; returns its directory, "" when off.
+
+    Args:
+      setting: a directory, "" for the user's cache directory, "off".
+    """
+    if setting == "off":
+        jax.config.update("jax_enable_compilation_cache", False)
+        return ""
+    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    directory = setting or str(Path(home) / "bigmodel_jax" / "compiled")
+    jax.config.update("jax_compilation_cache_dir", directory)
+    # Every program, however small: a second start then compiles nothing at all.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return directory
+
+
+def set_up_process(runtime: Any) -> None:
+    """Process-wide settings that must come before the first array (config section `runtime`).
+
+    Raises:
+      InputError: the platform asked for is not there.
+    """
+    if runtime.platform == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    hosts.initialise()
+    hosts.require_platform(runtime.platform)
+    jax.config.update("jax_enable_x64", runtime.x64)
+    compilation_cache(runtime.compilation_cache)
+
+
+class Programs:
+    """Lowered and compiled programs of one experiment."""
+
+    def __init__(self, exp: Experiment):
+        self.exp = exp
+        self.ema = exp.config["optimizer"]["ema"]
+        self._create = functools.partial(
+            states.create, exp.model.init, exp.tx, ema=self.ema > 0, window=exp.section("guard").window
+        )
+        shapes = jax.eval_shape(self._create, jax.random.key(0))
+        _, axes = exp.model.abstract()
+        self.shardings = states.shardings(shapes, axes, exp.mesh)
+        self.state = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            shapes, self.shardings,
+        )  # fmt: skip
+        self.batch_sharding = batch_sharding(exp.mesh)
+        self.eval_sharding = batch_sharding(exp.mesh, accumulated=False)
+        self._compiled: dict[int, Any] = {}
+        self.compilations = 0
+
+    def init(self, key: jax.Array) -> Any:
+        """The initial state, each leaf made where it lives."""
+        return jax.jit(self._create, out_shardings=self.shardings)(key)
+
+    def initial_from(self, state: Any, settings: Any) -> tuple[Any, str]:
+        """(state with parameters from another run's checkpoint, one line that says which).
+
+        Optimizer state starts anew; the average of the parameters, where kept, starts at them.
+        """
+        from bigmodel_jax.checkpoint import init_from
+
+        params, found = init_from(
+            settings.path, self.state["params"], rename=settings.rename, skip=settings.skip, ema=settings.ema
+        )
+        flat = tree.flatten(state["params"])
+        flat.update({path: leaf for path, leaf in tree.flatten(params).items() if path in found["loaded"]})
+        merged = tree.unflatten(flat)
+        state = {**state, "params": merged}
+        if "ema" in state:
+            state["ema"] = jax.tree.map(lambda leaf: leaf.copy(), merged)
+        kept = sorted(set(flat) - set(found["loaded"]))
+        names = f" ({', '.join(kept[:4])}{', ...' if len(kept) > 4 else ''})" if kept else ""
+        return state, (
+            f"initialised {len(found['loaded'])} of {len(flat)} parameters from {settings.path}; "
+            f"{len(kept)} kept their initial values{names}"
+        )
+
+    def lower_step(self, batch_size: int) -> Any:
+        """The train step of this global batch size, lowered and not compiled."""
+        exp, guard = self.exp, self.exp.section("guard")
+        fn = steps.make_train_step(
+            exp.model.apply, exp.model.merge, exp.objective, exp.tx,
+            lr=exp.learning_rate,
+            guard=steps.Guard(spike=guard.spike_factor, skip=True),
+            ema=self.ema,
+            mesh=exp.mesh,
+            shardings=self.shardings,
+            frozen=optim.frozen(exp.config["optimizer"]["groups"], self.state["params"]),
+            norms=2 if exp.section("log").norms else 0,
+        )  # fmt: skip
+        batch = abstract_batch(exp.spec, self.batch_sharding, exp.cut(batch_size))
+        return steps.jit_train_step(fn, self.shardings, exp.mesh).lower(self.state, batch, jax.random.key(0))
+
+    def ready(self, batch_size: int) -> bool:
+        """Whether `step(batch_size)` is compiled."""
+        return batch_size in self._compiled
+
+    def step(self, batch_size: int) -> Any:
+        """The compiled train step: (state, batch, key) -> (state, metrics). Donates the state."""
+        if batch_size not in self._compiled:
+            self._compiled[batch_size] = self.lower_step(batch_size).compile()
+            self.compilations += 1
+        return self._compiled[batch_size]
+
+    def lower_evaluate(self, rows: int, spec: Any) -> Any:
+        """The evaluation step for batches of `rows`, lowered."""
+        exp = self.exp
+        fn = steps.make_eval_step(exp.model.apply, exp.objective, mesh=exp.mesh, ema=self.ema > 0)
+        batch = abstract_batch(spec, self.eval_sharding, (rows,))
+        return steps.jit_eval_step(fn, self.shardings, exp.mesh).lower(self.state, batch)
+
+    @functools.cached_property
+    def evaluate(self) -> Any:
+        """(state, batch) -> {metric: (sum, weight)}; compiled at the first call."""
+        fn = steps.make_eval_step(
+            self.exp.model.apply, self.exp.objective, mesh=self.exp.mesh, ema=self.ema > 0
+        )
+        return steps.jit_eval_step(fn, self.shardings, self.exp.mesh)
+
+    def eval_variables(self, state: Any) -> dict[str, Any]:
+        """Parameters to evaluate and sample with: the average where one is kept."""
+        return {"params": state["ema" if self.ema else "params"], "stats": state["stats"]}

@@ -1,0 +1,277 @@
+"""The story of a run, top to bottom: build, restore, loop, evaluate, save, close.
+
+Step numbers count finished steps of data: a checkpoint "200" is the state after batches 0 to 199,
+and the next batch is 200. The optimizer's own count is smaller where bad steps were skipped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from bigmodel_jax import experiment as experiments
+from bigmodel_jax import tree, workdir as workdirs
+from bigmodel_jax.checkpoint import Checkpointer
+from bigmodel_jax.data.pipeline import Prefetch
+from bigmodel_jax.errors import NumericAbort, Preempted
+from bigmodel_jax.evaluate import evaluate
+from bigmodel_jax.experiment import Experiment
+from bigmodel_jax.metrics import Clock, Log
+from bigmodel_jax.parallel import hosts
+from bigmodel_jax.parallel.feed import global_batch
+from bigmodel_jax.programs import Programs, set_up_process
+from bigmodel_jax.screen import Screen
+
+
+def train(config: Mapping[str, Any], path: str, *, allow_config_change: bool = False) -> dict[str, Any]:
+    """Run an experiment in the directory `path` to its end, from where it stands.
+
+    Args:
+      config: resolved, see `experiment.resolve`.
+      allow_config_change: continue although the config differs from the directory's.
+
+    Returns:
+      What result.json holds.
+
+    Raises:
+      InputError: config, data, checkpoint or directory cannot be used (nothing is lost).
+      Preempted: asked to stop; the state is saved.
+      NumericAbort: bad steps in a row, or one under the "crash" policy.
+    """
+    clock = Clock()
+    set_up_process(experiments.Runtime(**config["runtime"]))
+    screen = Screen()
+    workdir = workdirs.open_workdir(path)
+    with contextlib.ExitStack() as stack:
+        if hosts.is_first():
+            stack.enter_context(workdirs.lock(workdir))
+        stack.enter_context(screen)
+        changes = workdirs.check_config(workdir, config, experiments.MECHANICS, allow_config_change)
+        with clock.span("prepare"):
+            exp = experiments.build(config, progress=screen.preparing)
+        for line in changes or workdirs.check_config(
+            workdir, exp.config, experiments.MECHANICS, allow_config_change
+        ):
+            screen.say(line)
+        if hosts.is_first():
+            workdirs.record_start(workdir, exp.config)
+        return _Run(exp, workdir, clock, screen, stack).go()
+
+
+class _Run:
+    """The parts of one run, and the loop over them."""
+
+    def __init__(self, exp: Experiment, workdir: Any, clock: Clock, screen: Screen, stack: contextlib.ExitStack):
+        self.exp, self.workdir, self.clock, self.screen = exp, workdir, clock, screen
+        self.settings = {name: exp.section(name) for name in experiments.PLAIN}
+        self.programs = Programs(exp)
+        runtime, saving = self.settings["runtime"], self.settings["checkpoint"]
+        self.preemption = stack.enter_context(hosts.Preemption())
+        self.watchdog = stack.enter_context(hosts.Watchdog(runtime.watchdog_s))
+        self.checkpoints = stack.enter_context(
+            Checkpointer(
+                workdir / "checkpoints", keep_last=saving.keep_last, keep_every=saving.keep_every,
+                asynchronous=saving.asynchronous, timeout_s=saving.timeout_s, log=screen.say,
+            )
+        )  # fmt: skip
+        self.log = stack.enter_context(
+            Log(workdir, tensorboard=self.settings["log"].tensorboard, enabled=hosts.is_first())
+        )
+        clock.describe(**exp.work())
+        self.key = jax.random.key(exp.run.seed)
+        self.saved = -1
+        self.pending: tuple[int, Any] | None = None
+        self.results: dict[str, Any] = {}
+
+    def go(self) -> dict[str, Any]:
+        exp, steps = self.exp, self.exp.run.steps
+        state, step = self.start()
+        self.log.truncate(step)
+        self.screen.start(exp, step, self.programs.state, self.clock)
+        with Prefetch(self.fetch, step, depth=self.settings["runtime"].prefetch, stop=steps) as batches:
+            while True:
+                if step > self.saved and (step == steps or self.due("checkpoint", step)):
+                    self.save(step, state)
+                if step == steps or self.due("eval", step):
+                    self.evaluate(step, state)
+                if self.preemption.asked(step):
+                    self.leave(step, state)
+                if step == steps:
+                    break
+                with self.clock.span("input"):
+                    batch = next(batches)
+                state = self.advance(step, state, batch)
+                step += 1
+        return self.finish(state)
+
+    def due(self, section: str, step: int) -> bool:
+        every = self.settings[section].every
+        return every > 0 and step > 0 and step % every == 0
+
+    def start(self) -> tuple[Any, int]:
+        """State and next step: from the newest valid checkpoint, from `init_from`, or anew."""
+        with self.clock.span("checkpoint"):
+            found = self.checkpoints.restore(self.programs.state)
+        if found is not None:
+            state, meta = found
+            self.saved = int(meta["step"])
+            if meta["data"] != self.exp.data.fingerprint:
+                self.screen.say(
+                    f"data changed since step {self.saved}: fingerprint {meta['data'][:12]} -> "
+                    f"{self.exp.data.fingerprint[:12]}"
+                )
+            self.screen.say(f"resuming at step {self.saved}")
+            return state, self.saved
+        with self.clock.span("compile"):
+            state = self.programs.init(self.key)
+        if self.settings["init_from"].path:
+            state, report = self.programs.initial_from(state, self.settings["init_from"])
+            self.screen.say(report)
+        return state, 0
+
+    def fetch(self, step: int) -> dict[str, jax.Array]:
+        """The global batch of a step, placed on the devices. Runs in the prefetch thread."""
+        pipeline = self.exp.data.train
+        accumulation, rows = self.exp.cut(pipeline.size(step))
+        return global_batch(
+            lambda r: pipeline.batch(step, r), self.programs.batch_sharding, (accumulation, rows)
+        )
+
+    def advance(self, step: int, state: Any, batch: Any) -> Any:
+        """Run one step; look at the previous one's metrics while this one is computed."""
+        size = self.exp.data.train.size(step)
+        if not self.programs.ready(size):
+            with self.clock.span("compile"):
+                self.watchdog.pat(grace_s=3600.0)
+                for each in self.exp.batch_sizes():
+                    self.programs.step(each)
+                self.clock.mark("first_step")
+        self.profile(step)
+        with self.clock.span("step"):
+            state, metrics = self.programs.step(size)(state, batch, self.key)
+            self.settle()
+            self.pending = (step, metrics)
+        self.watchdog.pat()
+        self.checkpoints.check()
+        return state
+
+    def settle(self) -> None:
+        """Fetch the metrics of the step before: log them, and act on what they say."""
+        if self.pending is None:
+            return
+        (step, metrics), self.pending = self.pending, None
+        row = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        done, log = step + 1, self.settings["log"]
+        self.clock.count(self.exp.data.train.size(step))
+        self.screen.advance(done, row)
+        bad = row["bad_streak"] > 0
+        if bad:
+            ids = self.exp.data.train.ids(step)
+            self.log.event(done, "bad_step", {**row, "ids": np.asarray(ids).tolist()})
+            self.screen.say(f"bad step {step}: loss {row['loss']:.4g}, example ids {_few(ids)}")
+        if log.ledger:
+            self.log.event(done, "batch", {"ids": np.asarray(self.exp.data.train.ids(step)).tolist()})
+        if bad or done % log.every == 0 or done == self.exp.run.steps or done == 1:
+            self.log.write(done, {**row, **self.clock.rates()})
+        guard = self.settings["guard"]
+        if bad and (guard.policy == "crash" or row["bad_streak"] >= guard.limit):
+            raise NumericAbort(
+                f"step {step}: loss {row['loss']:.4g}, gradient norm {row['grad_norm']:.4g}, "
+                f"{int(row['bad_streak'])} bad steps in a row; example ids {_few(self.exp.data.train.ids(step))}"
+            )
+
+    def save(self, step: int, state: Any) -> None:
+        """Checkpoint. The metrics up to `step` are on disk before it."""
+        self.settle()
+        self.log.flush()
+        meta = {
+            "step": step,
+            "seed": self.exp.run.seed,
+            "config": self.exp.config,
+            "config_hash": experiments.config_hash(self.exp.config),
+            "data": self.exp.data.fingerprint,
+        }
+        with self.clock.span("checkpoint"):
+            self.checkpoints.save(step, state, meta)
+        self.saved = step
+
+    def evaluate(self, step: int, state: Any) -> None:
+        """Every evaluation set; nothing is computed twice after a resume."""
+        self.settle()
+        settings = self.settings["eval"]
+        with self.clock.span("eval"):
+            for name, pipeline in self.exp.data.evals.items():
+                found = self.log.find(step, "eval", name)
+                if found is None:
+                    self.watchdog.pat(grace_s=3600.0)
+                    found = evaluate(
+                        self.programs.evaluate, state, pipeline,
+                        self.programs.eval_sharding, settings.batch_size,
+                        coefficients=self.exp.objective.coefficients, batches=settings.batches,
+                        stop=lambda: self.preemption.asked(step),
+                    )  # fmt: skip
+                    self.watchdog.pat()
+                    if found is None:
+                        return
+                    self.log.event(step, "eval", found, name=name)
+                self.results[name] = found
+                self.screen.evaluated(step, name, found)
+
+    def leave(self, step: int, state: Any) -> None:
+        """Save and exit 75."""
+        if step > self.saved:
+            self.save(step, state)
+        with self.clock.span("checkpoint"):
+            self.checkpoints.wait()
+        raise Preempted(f"stopped at step {step} of {self.exp.run.steps}; the same command continues")
+
+    def finish(self, state: Any) -> dict[str, Any]:
+        """Wait for the last save, sample, and write result.json and the loss curve."""
+        from bigmodel_jax import report
+
+        with self.clock.span("checkpoint"):
+            self.checkpoints.wait()
+        sample = self.settings["sample"]
+        text = ""
+        if sample.length:
+            with self.clock.span("sample"):
+                text = report.sample(self.exp, self.programs.eval_variables(state), sample, self.key)
+            self.screen.sampled(text)
+        result = {
+            "step": self.exp.run.steps,
+            "updates": int(state["step"]),
+            "eval": self.results,
+            "parameters": tree.count(self.programs.state["params"]),
+            "state_hash": report.state_hash(state),
+            "config_hash": experiments.config_hash(self.exp.config),
+            "data": self.exp.data.fingerprint,
+            "sample": text,
+            "time": self.clock.summary(),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        if hosts.is_first():
+            with self.clock.span("report"):
+                self.log.flush()
+                report.plot(self.workdir)
+                workdirs.write_json(self.workdir / "result.json", result)
+        self.screen.finished(self.workdir, result)
+        return result
+
+    def profile(self, step: int) -> None:
+        """Open and close the profiler window."""
+        window = self.settings["runtime"].profile
+        if window and step == window[0]:
+            jax.profiler.start_trace(str(self.workdir / "profile"))
+        if window and step == window[0] + window[1]:
+            self.settle()
+            jax.profiler.stop_trace()
+
+
+def _few(ids: Any) -> str:
+    shown = ", ".join(str(int(i)) for i in list(ids)[:8])
+    return f"[{shown}{', ...' if len(ids) > 8 else ''}]"

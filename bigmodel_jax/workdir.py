@@ -1,0 +1,148 @@
+"""The directory of a run: what it was asked to do, where it ran, and the guard against mixing runs."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epath
+
+from bigmodel_jax import schema
+from bigmodel_jax.errors import InputError
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets", "sentencepiece")
+
+
+def open_workdir(path: str) -> epath.Path:
+    """The directory, made if missing; relative local paths are resolved, URLs are left alone.
+
+    Raises:
+      InputError: it cannot be made or written.
+    """
+    workdir = epath.Path(path) if "://" in path else epath.Path(os.path.abspath(path))
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / f".writable-{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"work directory '{path}' cannot be written: {error.strerror or error}") from error
+    return workdir
+
+
+def existing(path: str) -> epath.Path:
+    """The directory of a run that has been started.
+
+    Raises:
+      InputError: nothing there, or no config.json in it.
+    """
+    workdir = epath.Path(path) if "://" in path else epath.Path(os.path.abspath(path))
+    if not (workdir / "config.json").exists():
+        raise InputError(f"'{path}' is not a run: it has no config.json")
+    return workdir
+
+
+@contextlib.contextmanager
+def lock(workdir: epath.Path) -> Iterator[None]:
+    """Keep a second run out of the same local directory. The lock dies with the process."""
+    if "://" in str(workdir):
+        yield
+        return
+    import fcntl
+
+    with open(Path(workdir) / ".lock", "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"another run is writing to '{workdir}'; wait for it or give another --workdir") from None
+        yield
+
+
+def write_json(path: epath.Path, value: Any) -> None:
+    """Write through a temporary name, so that a reader never sees half a file."""
+    temporary = path.parent / f".{path.name}.{os.getpid()}"
+    temporary.write_text(json.dumps(value, indent=1, sort_keys=True, default=str) + "\n")
+    temporary.replace(path)
+
+
+def check_config(
+    workdir: epath.Path, config: Mapping[str, Any], mechanics: tuple[str, ...], allow: bool
+) -> list[str]:
+    """Lines that show how `config` differs from the one this directory was started with.
+
+    Leaves under `mechanics` (how a run is carried out) may differ freely.
+
+    Raises:
+      InputError: another leaf differs and `allow` is False.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        return []
+    try:
+        old = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise InputError(f"'{path}' is not JSON ({error}); restore it or give another --workdir") from error
+    changes = schema.difference(old, config)
+    lines = [f"config changed: {leaf}: {a!r} -> {b!r}" for leaf, (a, b) in changes.items()]
+    real = [leaf for leaf in changes if leaf.split(".")[0] not in mechanics]
+    if real and not allow:
+        shown = "; ".join(f"{leaf}: {changes[leaf][0]!r} -> {changes[leaf][1]!r}" for leaf in real[:8])
+        more = f" and {len(real) - 8} more" if len(real) > 8 else ""
+        raise InputError(
+            f"'{workdir}' was started with another config ({shown}{more}); "
+            "give another --workdir, or --allow-config-change to go on with the new one"
+        )
+    return lines
+
+
+def _commit() -> str:
+    root = Path(__file__).resolve().parent.parent
+    try:
+        args = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+        return subprocess.run(args, capture_output=True, text=True, timeout=5).stdout.strip() or "unknown"
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+
+
+def environment() -> dict[str, Any]:
+    """What this start of the run ran on: versions, devices, commit, command."""
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    device = jax.devices()[0]
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": sys.argv,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "platform": device.platform,
+        "device_kind": device.device_kind,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        "cpus": os.cpu_count(),
+        "host": platform.node(),
+        "flags": {k: os.environ[k] for k in ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS") if k in os.environ},
+    }
+
+
+def record_start(workdir: epath.Path, config: Mapping[str, Any]) -> None:
+    """Write config.json and append this start to env.json."""
+    path = workdir / "env.json"
+    try:
+        starts = json.loads(path.read_text())["starts"] if path.exists() else []
+    except (json.JSONDecodeError, KeyError):
+        starts = []
+    write_json(path, {"starts": [*starts, environment()]})
+    write_json(workdir / "config.json", config)
