@@ -82,7 +82,7 @@ class MaskTokens:
       slots: P, 0 for ceil(rate * L), plus 8 for whole words.
       word_start: [V] bool, "this token starts a word": whole words are chosen. The word on which the
         count is reached is taken with the probability that keeps the expected share at `rate`; a word
-        that does not fit the slots is left.
+        that does not fit the slots is left, so a row of long words may get none.
       static: the same tokens every epoch (drawn by example) instead of new ones (by position).
 
     Gives tokens [B, L] int32, segments [B, L] int32 (kept, or 1 where weight > 0), masked_positions and
@@ -171,22 +171,35 @@ class MaskTokens:
         starts = np.asarray(self.word_start, bool)[tokens] | ~free
         starts[:, :1] = True
         starts[:, 1:] |= (segments[:, 1:] != segments[:, :-1]) | ~free[:, :-1]
-        first = np.maximum.accumulate(np.where(starts, place, 0), axis=1)
+        first, end = _runs(starts)
         draw = (rng.bits(length, salt="choose") >> np.uint64(24)).astype(np.int64) * length + place
         draw = np.take_along_axis(draw, first, 1)
-        draw[~free] = np.iinfo(np.int64).max
+        # A word longer than all slots would only end the drawing.
+        draw[~free | (end - first > slots)] = np.iinfo(np.int64).max
         order = np.argsort(draw, axis=1, kind="stable")
         seen = np.take_along_axis(draw, order, 1)
         fresh = np.ones(tokens.shape, bool)
         fresh[:, 1:] = seen[:, 1:] != seen[:, :-1]
         # In drawing order: tokens before a word, tokens up to and including it.
-        before = np.maximum.accumulate(np.where(fresh, place, 0), axis=1)
-        last = np.ones(tokens.shape, bool)
-        last[:, :-1] = fresh[:, 1:]
-        until = np.minimum.accumulate(np.where(last, place + 1, length)[:, ::-1], axis=1)[:, ::-1]
+        before, until = _runs(fresh)
         size, short = until - before, wanted[:, None] - before
         lucky = rng.uniform(1, salt="last word") * size < short
-        take = (short > 0) & ((until <= wanted[:, None]) | lucky) & (until <= slots)
+        take = (
+            (short > 0)
+            & (seen < np.iinfo(np.int64).max)
+            & ((until <= wanted[:, None]) | lucky)
+            & (until <= slots)
+        )
         chosen = np.zeros(tokens.shape, bool)
         np.put_along_axis(chosen, order, take, 1)
-        return chosen & free
+        return chosen
+
+
+def _runs(starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First place of the run that each place is in, and the place after its last; column 0 must start one."""
+    length = starts.shape[1]
+    place = np.arange(length)
+    last = np.ones(starts.shape, bool)
+    last[:, :-1] = starts[:, 1:]
+    end = np.minimum.accumulate(np.where(last, place + 1, length)[:, ::-1], axis=1)[:, ::-1]
+    return np.maximum.accumulate(np.where(starts, place, 0), axis=1), end

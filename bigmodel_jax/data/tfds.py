@@ -7,7 +7,9 @@ Text corpora (C4, LM1B, Wikipedia) are not tokenised on the fly: `bigmodel prepa
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 
@@ -54,16 +56,18 @@ def _opened(name: str, split: str, data_dir: str | None, download: bool) -> tupl
         raise InputError(f"tfds has no data set '{name}'{close or '; see tfds.list_builders()'}") from error
     except Exception as error:
         raise InputError(f"tfds data set '{name}' cannot be opened ({_first_line(error)}); {how}") from error
-    splits = dict(builder.info.splits)
-    base = split.split("[")[0].split("+")[0]
-    if splits and base not in splits and base != "all":
-        raise InputError(
-            f"tfds data set '{name}' has no split '{split}', only {', '.join(splits)}{nearest(base, splits)}"
-        )
     try:
         if download:
             builder.download_and_prepare(file_format="array_record")
+        splits, base = dict(builder.info.splits), split.split("[")[0].split("+")[0]
+        if splits and base not in splits and base != "all":
+            close = nearest(base, splits)
+            raise InputError(
+                f"tfds data set '{name}' has no split '{split}', only {', '.join(splits)}{close}"
+            )
         return builder.as_data_source(split=split), builder.info
+    except InputError:
+        raise
     except Exception as error:
         # Whatever failed (no network, no space, files of another format), the way out is the same.
         raise InputError(f"tfds data set '{name}' is not prepared ({_first_line(error)}); {how}") from error
@@ -118,10 +122,16 @@ class Tfds:
         """Number of classes of a label feature."""
         return int(self.info.features[feature].num_classes)
 
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        # Decoding an image leaves the interpreter lock; 16 records are a task.
+        return ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="tfds")
+
     def gather(self, index: np.ndarray) -> dict[str, np.ndarray]:
         if not len(index):
             return {name: value[:0] for name, value in self.gather(np.zeros(1, np.int64)).items()}
-        records = self._data.__getitems__(index.tolist())
+        parts = [part.tolist() for part in np.array_split(index, -(-len(index) // 16))]
+        records = [record for part in self._pool.map(self._data.__getitems__, parts) for record in part]
         return {
             name: self._column([r[feature] for r in records], feature)
             for name, feature in self.fields.items()
@@ -129,7 +139,7 @@ class Tfds:
 
     def _column(self, values: list[Any], feature: str) -> np.ndarray:
         if isinstance(values[0], bytes | str):
-            return np.array(values, object)
+            return np.array([v.encode() if isinstance(v, str) else v for v in values], object)
         arrays = [np.asarray(value) for value in values]
         if arrays[0].ndim == 3 and self.size is not None:
             arrays = [self._sized(value) for value in arrays]
@@ -158,10 +168,10 @@ def tfds_documents(
     for start in range(0, len(source), 512):
         column = source.gather(np.arange(start, min(start + 512, len(source))))["text"]
         for offset, value in enumerate(column.tolist()):
-            if not isinstance(value, bytes | str):
+            if not isinstance(value, bytes):
                 raise InputError(f"tfds data set '{name}': feature '{field}' is not text")
             try:
-                yield value if isinstance(value, str) else value.decode("utf-8")
+                yield value.decode("utf-8")
             except UnicodeDecodeError as error:
                 raise InputError(
                     f"tfds data set '{name}': example {start + offset} is not UTF-8 ({error})"
