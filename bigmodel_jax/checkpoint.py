@@ -11,12 +11,14 @@ cast otherwise), and walk-back past damaged or unfinished steps.
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import re
+import logging
+import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,10 +29,9 @@ from etils import epath
 from bigmodel_jax import fingerprint, record, tree
 from bigmodel_jax.errors import InputError, RunError
 from bigmodel_jax.parallel import hosts
-from bigmodel_jax.record import Corrupt
+from bigmodel_jax.record import Corrupt, error_number, line
 
 SPACE_FACTOR = 1.2  # free space asked for, relative to the state: room for metadata and tmp files
-_LEFTOVER = re.compile(r"\d+(\.orbax-checkpoint-tmp.*|\.replaced)")
 _TRANSIENT = {errno.EIO, errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.ESTALE, errno.ETIMEDOUT}
 
 
@@ -72,6 +73,7 @@ class Checkpointer:
         self._pending: tuple[int, dict[str, Any], dict[str, Any]] | None = None
         self._known: set[int] = set()  # steps this object wrote or restored: the same branch
         self._cleaned = False
+        _quiet()
         self._orbax = ocp.AsyncCheckpointer(
             _handler(),
             async_options=ocp.AsyncOptions(timeout_secs=max(1, int(timeout_s))),
@@ -124,18 +126,9 @@ class Checkpointer:
         self._make_room(step, tree.nbytes(flat))
         try:
             self._start(step, flat, about)
-        except OSError as error:
-            if error.errno not in _TRANSIENT or jax.process_count() > 1:
-                raise self._write_error(step, error) from error
-            self._log(f"retrying the save of step {step} after: {line(error)}")
-            self._sweep()
-            try:
-                self._start(step, flat, about)
-            except Exception as again:
-                raise self._write_error(step, again) from again
         except Exception as error:
-            raise self._write_error(step, error) from error
-        self._pending = (step, flat, about)
+            self._pending = (step, flat, about)
+            self._retry(error)
         if not self.asynchronous:
             self.wait()
         self.blocked_s = time.perf_counter() - began - self.fingerprint_s
@@ -229,13 +222,8 @@ class Checkpointer:
             )
 
     def _set_aside(self, step: int, why: Exception) -> None:
-        path = self.directory / str(step)
-        if jax.process_index() == 0 and not self.readonly and path.exists():
-            names = {p.name for p in record.children(self.directory)}
-            new, number = f"{step}.corrupt", 1
-            while new in names:
-                new, number = f"{step}-{number}.corrupt", number + 1
-            path.rename(self.directory / new)
+        if jax.process_index() == 0 and not self.readonly:
+            record.set_aside(self.directory, step)
         hosts.barrier(f"checkpoint_set_aside_{step}", self.timeout_s)
         self._log(f"checkpoint step {step} in {self.directory} is damaged ({why}); walking back")
 
@@ -250,8 +238,9 @@ class Checkpointer:
             try:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 if not self._cleaned:
-                    self._sweep()
-                self._clear(step)
+                    record.sweep(self.directory)
+                if record.make_way(self.directory, step):
+                    self._log(f"step {step} was there already and not from this run: replacing it")
                 free = _free_bytes(self.directory)
                 if free is not None and free < SPACE_FACTOR * size:
                     error = InputError(
@@ -263,21 +252,6 @@ class Checkpointer:
         if hosts.worst(0 if error is None else 1):
             raise error or RunError(f"step {step} not saved: process 0 could not prepare the save")
         self._cleaned = True
-
-    def _sweep(self) -> None:
-        for path in record.children(self.directory):
-            if _LEFTOVER.fullmatch(path.name):
-                path.rmtree()
-
-    def _clear(self, step: int) -> None:
-        """Move a ghost, or a step of an abandoned branch, out of the way of a new save."""
-        path = self.directory / str(step)
-        if path.exists():
-            aside = self.directory / f"{step}.replaced"
-            if aside.exists():
-                aside.rmtree()
-            path.rename(aside)
-            self._log(f"{path} was there already and not from this run: it is being replaced")
 
     def _start(self, step: int, flat: dict[str, Any], about: dict[str, Any]) -> None:
         self._orbax.save(
@@ -294,23 +268,25 @@ class Checkpointer:
         step, flat, about = self._pending or (-1, {}, {})
         self._pending = None
         alive = flat and not any(isinstance(x, jax.Array) and x.is_deleted() for x in flat.values())
-        transient = isinstance(error, OSError) and error.errno in _TRANSIENT
-        if not (transient and alive and jax.process_count() == 1):
+        if not (error_number(error) in _TRANSIENT and alive and jax.process_count() == 1):
             raise self._write_error(step, error) from error
         self._log(f"retrying the save of step {step} after: {line(error)}")
         try:
-            self._sweep()
+            record.sweep(self.directory)
             self._start(step, flat, about)
             self._orbax.wait_until_finished()
         except Exception as again:
             raise self._write_error(step, again) from again
 
     def _write_error(self, step: int, error: Exception) -> RunError:
-        text = f"checkpoint step {step} was not written to {self.directory}: {line(error)}"
-        number = getattr(error, "errno", None)
-        full = number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        denied = number in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EPERM)
-        return (InputError if full or denied else RunError)(text)
+        number = error_number(error)
+        reason = os.strerror(number) if number else line(error)
+        if not self.readonly and jax.process_index() == 0:
+            with contextlib.suppress(OSError):  # half a checkpoint would keep a full disk full
+                record.sweep(self.directory)
+        theirs = number in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EPERM)
+        kind = InputError if theirs else RunError
+        return kind(f"checkpoint step {step} was not written to {self.directory}: {reason}")
 
     def _retire(self, step: int) -> None:
         """Only now that `step` is in place may older ones go. (Orbax's own callback is too early.)"""
@@ -340,6 +316,55 @@ def read_meta(directory: Any, step: int | None = None) -> dict[str, Any]:
       InputError: no such step, or its meta is damaged.
     """
     return record.find(record.resolve(directory), step)[1]["meta"]
+
+
+def init_from(
+    directory: Any,
+    target: Any,
+    *,
+    rename: Sequence[tuple[str, str]] = (),
+    skip: Sequence[str] = (),
+    strict: bool = True,
+    ema: bool = True,
+    step: int | None = None,
+) -> tuple[Any, dict[str, list[str]]]:
+    """Parameters of another run, by name. Reads only what it uses, and checks it.
+
+    Args:
+      directory: a checkpoint directory, or a run that has one.
+      target: parameters (arrays or ShapeDtypeStruct with shardings) whose leaves are looked for.
+      rename: (regex, replacement) applied in order to stored names. skip: regexes of names (of the
+        target, after renaming) that keep their value.
+      strict: False accepts names without a partner and other shapes.
+      ema: prefer the averaged parameters where the run kept them.
+
+    Returns:
+      (tree like `target`, cast to its dtypes; leaves that were not loaded are the target's own,
+      {"loaded", "missing", "unexpected", "shape_mismatch", "skipped": names}).
+
+    Raises:
+      InputError: nothing matches; with `strict`, anything is missing, unexpected or of another
+        shape; no checkpoint; a damaged one.
+    """
+    place = record.resolve(directory)
+    if not record.steps(place) and (place / "checkpoints").exists():
+        place = place / "checkpoints"
+    step, about = record.find(place, step)
+    flat = tree.flatten(target)
+    sources, report = record.match(about["leaves"], flat, rename, skip, ema)
+    record.judge(report, strict, f"step {step} in {place}")
+    wanted = {
+        source: jax.ShapeDtypeStruct(flat[path].shape, flat[path].dtype, sharding=_sharding(flat[path]))
+        for path, source in sources.items()
+    }
+    try:
+        found = load(place / str(step), about["leaves"], wanted)
+    except Corrupt as error:
+        raise InputError(f"step {step} in {place} is damaged: {error}") from error
+    for path, source in sources.items():
+        flat[path] = found[source].astype(flat[path].dtype)
+    structure = jax.tree_util.tree_structure(target)
+    return jax.tree_util.tree_unflatten(structure, list(flat.values())), report
 
 
 def load(path: epath.Path, leaves: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
@@ -399,10 +424,15 @@ def _restore_args(about: Mapping[str, Any], leaf: Any) -> ocp.RestoreArgs:
     )
 
 
-def line(error: BaseException) -> str:
-    """An exception as one line of at most 300 characters."""
-    first = str(error).strip().splitlines()[:1]
-    return f"{type(error).__name__}: {first[0][:300] if first else ''}"
+def _quiet() -> None:
+    """Keep Orbax from printing a stack per failed array: every error it logs is raised as well."""
+    logger = logging.getLogger("absl")
+    if _not_orbax not in logger.filters:
+        logger.addFilter(_not_orbax)
+
+
+def _not_orbax(entry: logging.LogRecord) -> bool:
+    return f"{os.sep}orbax{os.sep}" not in entry.pathname
 
 
 def _handler() -> ocp.CompositeCheckpointHandler:

@@ -9,31 +9,45 @@ not count.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
-# Dense peak FLOP/s of one jax device, by lower-case substrings of its kind, first match wins.
-# Sparse figures are never used. "bfloat16" also stands for float16; "float32" is the plain
-# (not TF32) rate where the vendor states one.
-_TB = 1e12
+# Dense peak TFLOP/s of one jax device: (regex of its kind in lower case, {dtype: rate}, source),
+# first match wins. Sparse rates are never used; "float32" is the plain rate, not TF32.
+_HOPPER = {"bfloat16": 989.4, "float16": 989.4, "tensorfloat32": 494.7, "float32": 66.9, "float8": 1978.9}
 PEAKS: tuple[tuple[str, dict[str, float], str], ...] = (
-    ("h200", {"bfloat16": 989.4 * _TB, "tensorfloat32": 494.7 * _TB, "float32": 66.9 * _TB, "float8": 1978.9 * _TB}, "NVIDIA H200 data sheet, SXM"),
-    ("h100 pcie", {"bfloat16": 756 * _TB, "tensorfloat32": 378 * _TB, "float32": 51 * _TB, "float8": 1513 * _TB}, "NVIDIA H100 data sheet, PCIe"),
-    ("h100 nvl", {"bfloat16": 835 * _TB, "tensorfloat32": 417 * _TB, "float32": 60 * _TB, "float8": 1671 * _TB}, "NVIDIA H100 data sheet, NVL"),
-    ("h100", {"bfloat16": 989.4 * _TB, "tensorfloat32": 494.7 * _TB, "float32": 66.9 * _TB, "float8": 1978.9 * _TB}, "NVIDIA H100 white paper, SXM5"),
-    ("a100", {"bfloat16": 312 * _TB, "tensorfloat32": 156 * _TB, "float32": 19.5 * _TB}, "NVIDIA A100 data sheet"),
-    ("v100", {"float16": 125 * _TB, "float32": 15.7 * _TB}, "NVIDIA V100 data sheet, SXM2"),
-    ("l40s", {"bfloat16": 362 * _TB, "tensorfloat32": 183 * _TB, "float32": 91.6 * _TB}, "NVIDIA L40S data sheet"),
-    ("nvidia l4", {"bfloat16": 121 * _TB, "tensorfloat32": 60 * _TB, "float32": 30.3 * _TB}, "NVIDIA L4 data sheet"),
-    ("tesla t4", {"float16": 65 * _TB, "float32": 8.1 * _TB}, "NVIDIA T4 data sheet"),
-    ("tpu v6", {"bfloat16": 918 * _TB}, "Google Cloud, TPU v6e"),
-    ("tpu v5p", {"bfloat16": 459 * _TB}, "Google Cloud, TPU v5p"),
-    ("tpu v5 lite", {"bfloat16": 197 * _TB}, "Google Cloud, TPU v5e"),
-    ("tpu v5e", {"bfloat16": 197 * _TB}, "Google Cloud, TPU v5e"),
-    ("tpu v5", {"bfloat16": 459 * _TB}, "Google Cloud, TPU v5p"),
-    ("tpu v4", {"bfloat16": 275 * _TB}, "Google Cloud, TPU v4"),
-    ("tpu v3", {"bfloat16": 61.5 * _TB}, "Google Cloud, TPU v3: 123 per chip of two devices"),
-    ("tpu v2", {"bfloat16": 22.5 * _TB}, "Google Cloud, TPU v2: 45 per chip of two devices"),
-)  # fmt: skip
+    (r"\bmig\b", {}, "n/a"),  # a slice of a device: no published rate
+    (r"h200", _HOPPER, "NVIDIA H200 data sheet, SXM"),
+    (
+        r"h100 pcie",
+        {"bfloat16": 756, "float16": 756, "tensorfloat32": 378, "float32": 51, "float8": 1513},
+        "NVIDIA H100 data sheet, PCIe",
+    ),
+    (
+        r"h100 nvl",
+        {"bfloat16": 835, "float16": 835, "tensorfloat32": 417, "float32": 60, "float8": 1671},
+        "NVIDIA H100 data sheet, NVL",
+    ),
+    (r"h100.*hbm3", _HOPPER, "NVIDIA H100 white paper, SXM5"),
+    (
+        r"a100",
+        {"bfloat16": 312, "float16": 312, "tensorfloat32": 156, "float32": 19.5},
+        "NVIDIA A100 data sheet",
+    ),
+    (r"v100-sxm2", {"float16": 125, "float32": 15.7}, "NVIDIA V100 data sheet, SXM2"),
+    (r"\bt4\b", {"float16": 65, "float32": 8.1}, "NVIDIA T4 data sheet"),
+    (r"tpu v6", {"bfloat16": 918}, "Google Cloud, TPU v6e"),
+    (r"tpu v5 ?(lite|e)", {"bfloat16": 197}, "Google Cloud, TPU v5e"),
+    (r"tpu v5", {"bfloat16": 459}, "Google Cloud, TPU v5p"),
+    (r"tpu v4$", {"bfloat16": 275}, "Google Cloud, TPU v4"),
+    (r"tpu v3", {"bfloat16": 61.5}, "Google Cloud, TPU v3: 123 per chip of two devices"),
+    (r"tpu v2", {"bfloat16": 22.5}, "Google Cloud, TPU v2: 45 per chip of two devices"),
+)
+
+
+def _row(device_kind: str) -> tuple[dict[str, float], str]:
+    kind = device_kind.lower()
+    return next(((table, text) for part, table, text in PEAKS if re.search(part, kind)), ({}, "n/a"))
 
 
 def peak(device_kind: str, dtype: str) -> float | None:
@@ -43,16 +57,13 @@ def peak(device_kind: str, dtype: str) -> float | None:
       device_kind: `jax.devices()[0].device_kind`.
       dtype: "bfloat16", "float16", "float32", "tensorfloat32", "float8".
     """
-    kind = device_kind.lower()
-    for part, table, _ in PEAKS:
-        if part in kind:
-            return table.get(dtype, table.get("bfloat16") if dtype == "float16" else None)
-    return None
+    rate = _row(device_kind)[0].get(dtype)
+    return None if rate is None else rate * 1e12
 
 
 def source(device_kind: str) -> str:
     """Where the peak of a device is from, or "n/a"."""
-    return next((text for part, _, text in PEAKS if part in device_kind.lower()), "n/a")
+    return _row(device_kind)[1]
 
 
 def utilisation(flops: float, seconds: float, peak_each: float | None, devices: int = 1) -> float | None:

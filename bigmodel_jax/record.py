@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: names, shapes, dtypes and fingerprints, as checked JSON.
+"""Which steps there are, and what each says of itself: names, shapes, dtypes, fingerprints.
 
 The record carries its own digest, so that a damaged record is told apart from another model's.
 Nothing here reads arrays, and nothing read here is ever executed.
@@ -11,7 +11,7 @@ import importlib.metadata
 import json
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,11 +22,24 @@ from bigmodel_jax import __version__, tree
 from bigmodel_jax.errors import InputError
 
 FORMAT = 1
+_LEFTOVER = re.compile(r"\d+(\.orbax-checkpoint-tmp.*|\.replaced)")
 _NAME = re.compile(r"[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*")
 
 
 class Corrupt(Exception):
     """A committed step whose content is not what was saved."""
+
+
+def line(error: BaseException) -> str:
+    """An exception as one line of at most 300 characters."""
+    first = str(error).strip().splitlines()[:1]
+    return f"{type(error).__name__}: {first[0][:300] if first else ''}"
+
+
+def error_number(error: BaseException) -> int | None:
+    """The system's error number, also where tensorstore wrapped it into text."""
+    wrapped = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(wrapped.group(1)) if wrapped else getattr(error, "errno", None)
 
 
 def resolve(directory: Any) -> epath.Path:
@@ -50,6 +63,40 @@ def steps(directory: epath.Path) -> list[int]:
     """Committed steps in a checkpoint directory, ascending."""
     numeric = [p for p in children(directory) if re.fullmatch(r"0|[1-9]\d{0,17}", p.name)]
     return sorted(int(p.name) for p in numeric if is_committed(p))
+
+
+def sweep(directory: epath.Path) -> None:
+    """Delete what interrupted saves left behind. Only the writer of a directory may do this."""
+    for path in children(directory):
+        if not _LEFTOVER.fullmatch(path.name):
+            continue
+        original = directory / path.name.split(".")[0]
+        if path.name.endswith(".replaced") and is_committed(path) and not original.exists():
+            path.rename(original)  # its replacement never came
+        else:
+            path.rmtree()
+
+
+def set_aside(directory: epath.Path, step: int) -> None:
+    """Rename a damaged step to `<step>.corrupt` (or `<step>-1.corrupt`, ...)."""
+    names = {path.name for path in children(directory)}
+    if str(step) not in names:
+        return
+    new, number = f"{step}.corrupt", 1
+    while new in names:
+        new, number = f"{step}-{number}.corrupt", number + 1
+    (directory / str(step)).rename(directory / new)
+
+
+def make_way(directory: epath.Path, step: int) -> bool:
+    """Move what is at `step` (a ghost, an abandoned branch) aside; whether there was something."""
+    path, aside = directory / str(step), directory / f"{step}.replaced"
+    if not path.exists():
+        return False
+    if aside.exists():
+        aside.rmtree()
+    path.rename(aside)
+    return True
 
 
 def storable(state: Any) -> tuple[dict[str, Any], dict[str, str]]:
@@ -186,3 +233,56 @@ def same_model(leaves: Mapping[str, Any], flat: Mapping[str, Any], where: str) -
     dtypes = [f"{path} is {a}, the model has {b}" for path, (a, b) in pairs.items() if a != b]
     if dtypes:
         raise InputError(f"{where} has another dtype: {few(dtypes)}")
+
+
+def match(
+    leaves: Mapping[str, Any],
+    flat: Mapping[str, Any],
+    rename: Sequence[tuple[str, str]],
+    skip: Sequence[str],
+    ema: bool,
+) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """({target path: stored path}, report) for parameters stored under "ema/" or "params/".
+
+    Raises:
+      InputError: two stored names become one, or a rule is not a regular expression.
+    """
+    averaged = ema and any(path.startswith("ema/") for path in leaves)
+    prefix = "ema/" if averaged else "params/"
+    stored: dict[str, str] = {}
+    try:
+        for path in leaves:
+            if path.startswith(prefix):
+                new = path.removeprefix(prefix)
+                for pattern, replacement in rename:
+                    new = re.sub(pattern, replacement, new)
+                if new in stored:
+                    raise InputError(f"rename rules map '{stored[new]}' and '{path}' both to '{new}'")
+                stored[new] = path
+        skipped = {path for path in {**flat, **stored} if any(re.search(s, path) for s in skip)}
+    except re.error as error:
+        raise InputError(f"rename or skip rule {error.pattern!r} is not a regex: {error}") from error
+    same = [path for path in flat if path in stored and path not in skipped]
+    fits = {path: shape_of(leaves[stored[path]]) == tuple(flat[path].shape) for path in same}
+    report = {
+        "loaded": [path for path in same if fits[path]],
+        "missing": [path for path in flat if path not in stored and path not in skipped],
+        "unexpected": [path for path in stored if path not in flat and path not in skipped],
+        "shape_mismatch": [path for path in same if not fits[path]],
+        "skipped": sorted(skipped),
+    }
+    return {path: stored[path] for path in report["loaded"]}, report
+
+
+def judge(report: Mapping[str, list[str]], strict: bool, where: str) -> None:
+    """Refuse a start from other parameters that would not be what was meant.
+
+    Raises:
+      InputError: nothing was loaded, or, with `strict`, something does not fit.
+    """
+    kinds = ("missing", "unexpected", "shape_mismatch")
+    parts = [f"{len(report[k])} {k.replace('_', ' ')} ({few(report[k])})" for k in kinds if report[k]]
+    if not report["loaded"]:
+        raise InputError(f"{where}: no parameter name matches: {'; '.join(parts) or 'all skipped'}")
+    if strict and parts:
+        raise InputError(f"{where} does not fit: {'; '.join(parts)}; give rename or skip rules")

@@ -73,7 +73,7 @@ def test_peaks_are_known_or_not_available():
     assert flops.peak("TPU v5 lite", "bfloat16") == 197e12
     assert flops.peak("TPU v5p", "bfloat16") == flops.peak("TPU v5", "bfloat16") == 459e12
     assert flops.peak("NVIDIA A100-SXM4-40GB", "float16") == 312e12
-    for kind in ("cpu", "NVIDIA GeForce RTX 9090", ""):
+    for kind in ("cpu", "NVIDIA GeForce RTX 9090", "NVIDIA L40", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", ""):
         assert flops.peak(kind, "bfloat16") is None and flops.source(kind) == "n/a"
     assert flops.peak("TPU v4", "float32") is None
     assert flops.utilisation(1e15, 2.0, None) is None
