@@ -265,8 +265,8 @@ def test_filters_count_what_they_drop(tmp_path):
         (tmp_path / f"{name}.txt").write_text(text)
     (tmp_path / "undecodable.txt").write_bytes(b"caf\xe9 latin-1")
     filters = {
-        "min_characters": 20, "max_characters": 400, "min_printable": 0.9, "min_alphabetic": 0.5, "max_line": 60,
-        "max_repeated_lines": 0.5,
+        "min_characters": 20, "max_characters": 400, "min_printable": 0.9, "min_alphabetic": 0.5,
+        "max_line": 60, "max_repeated_lines": 0.5,
     }  # fmt: skip
     meta = prepare(
         str(tmp_path),
