@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from bigmodel_jax import schema
+from bigmodel_jax import flops, schema
 from bigmodel_jax.data.datasets import DATASETS, Loaded
 from bigmodel_jax.errors import InputError, nearest
 from bigmodel_jax.learn import optim, schedules
@@ -172,6 +172,7 @@ NAMED = {
 }
 # Model sizes that a config may leave to the data.
 FROM_DATA = ("vocab_size", "num_classes", "in_channels")
+DERIVED = tuple(f"model.{leaf}" for leaf in FROM_DATA)
 # How a run is carried out. These may differ between a run and its continuation.
 MECHANICS = ("mesh", "runtime", "log", "checkpoint", "microbatch")
 
@@ -210,6 +211,22 @@ class Experiment:
         """(accumulation steps A, rows of a microbatch M) for a global batch size."""
         accumulation = check_batch(batch_size, min(self.run.microbatch, batch_size), self.mesh)
         return accumulation, batch_size // accumulation
+
+    def work(self) -> dict[str, Any]:
+        """What one example is worth: tokens, training FLOPs, and the peak of all devices if known."""
+        if "image" in self.spec:
+            height, width, _ = self.spec["image"][0]
+            tokens, forward = 0, self.model.flops(height, width)
+        else:
+            (tokens,) = self.spec["tokens"][0]
+            forward = tokens * self.model.flops(tokens)
+        device = self.mesh.devices.flat[0]
+        peak = flops.peak(device.device_kind, self.config["model"]["dtype"])
+        return {
+            "tokens_per_example": tokens,
+            "flops_per_example": flops.training(forward),
+            "peak": peak and peak * self.mesh.size,
+        }
 
 
 def read(path: str) -> dict[str, Any]:

@@ -138,7 +138,7 @@ class Screen:
     def finished(self, workdir: Any, result: dict[str, Any]) -> None:
         """The last line: where everything is, and where the time went."""
         self._close_bar()
-        spans = result["time"]["spans_s"]
+        spans = result["time"]["seconds"]
         largest = sorted(spans.items(), key=lambda item: -item[1])
         self.say("time: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in largest if seconds >= 0.1))
         self.say(f"done: {workdir} (result.json, metrics.jsonl, loss.png, checkpoints)")

@@ -51,12 +51,12 @@ def train(config: Mapping[str, Any], path: str, *, allow_config_change: bool = F
         if hosts.is_first():
             stack.enter_context(workdirs.lock(workdir))
         stack.enter_context(screen)
-        changes = workdirs.check_config(workdir, config, experiments.MECHANICS, allow_config_change)
+        changes = workdirs.check_config(
+            workdir, config, mechanics=experiments.MECHANICS, derived=experiments.DERIVED, allow=allow_config_change
+        )
         with clock.span("prepare"):
             exp = experiments.build(config, progress=screen.preparing)
-        for line in changes or workdirs.check_config(
-            workdir, exp.config, experiments.MECHANICS, allow_config_change
-        ):
+        for line in changes:
             screen.say(line)
         if hosts.is_first():
             workdirs.record_start(workdir, exp.config)

@@ -76,11 +76,18 @@ def write_json(path: epath.Path, value: Any) -> None:
 
 
 def check_config(
-    workdir: epath.Path, config: Mapping[str, Any], mechanics: tuple[str, ...], allow: bool
+    workdir: epath.Path,
+    config: Mapping[str, Any],
+    *,
+    mechanics: tuple[str, ...],
+    derived: tuple[str, ...],
+    allow: bool,
 ) -> list[str]:
     """Lines that show how `config` differs from the one this directory was started with.
 
-    Leaves under `mechanics` (how a run is carried out) may differ freely.
+    Args:
+      mechanics: sections and leaves (how a run is carried out) that may differ freely.
+      derived: leaves that `config` may leave at 0, to be taken from the data.
 
     Raises:
       InputError: another leaf differs and `allow` is False.
@@ -93,6 +100,7 @@ def check_config(
     except json.JSONDecodeError as error:
         raise InputError(f"'{path}' is not JSON ({error}); restore it or give another --workdir") from error
     changes = schema.difference(old, config)
+    changes = {leaf: pair for leaf, pair in changes.items() if not (leaf in derived and pair[1] == 0)}
     lines = [f"config changed: {leaf}: {a!r} -> {b!r}" for leaf, (a, b) in changes.items()]
     real = [leaf for leaf in changes if leaf.split(".")[0] not in mechanics]
     if real and not allow:

