@@ -111,6 +111,12 @@ def mnist5k(split: str, path: str = "") -> Arrays:
     return _part(image, rows[:, -1].astype(np.int32), 1000, split)
 
 
+def unit(image: np.ndarray) -> np.ndarray:
+    """float32 images; uint8 0..255 becomes 0..1, other types keep their values."""
+    share = np.float32(1 / 255) if image.dtype == np.uint8 else np.float32(1)
+    return image.astype(np.float32) * share
+
+
 def bilinear(image: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Sample images at real positions; outside lies 0.
 
@@ -184,12 +190,10 @@ def beta(rng: RowRng, alpha: float, salt: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Scale:
-    """uint8 0..255 -> float32 0..1. Other types only become float32."""
+    """uint8 0..255 -> float32 0..1. Other types only become float32. Rotate and ResizedCrop do it too."""
 
     def __call__(self, batch: Batch, rng: RowRng) -> Batch:
-        image = batch["image"]
-        unit = np.float32(1 / 255) if image.dtype == np.uint8 else np.float32(1)
-        return batch | {"image": image.astype(np.float32) * unit}
+        return batch | {"image": unit(batch["image"])}
 
 
 @dataclass(frozen=True)
@@ -242,7 +246,7 @@ class ResizedCrop:
         y, x = np.clip(y, 0, h - 1), np.clip(x, 0, w - 1)
         shape = (len(image), self.size, self.size)
         y, x = np.broadcast_to(y[:, :, None], shape), np.broadcast_to(x[:, None, :], shape)
-        return batch | {"image": _in_chunks(bilinear, image, y, x)}
+        return batch | {"image": _in_chunks(lambda i, *at: bilinear(unit(i), *at), image, y, x)}
 
 
 @dataclass(frozen=True)
@@ -267,7 +271,7 @@ class Rotate:
 
     def __call__(self, batch: Batch, rng: RowRng) -> Batch:
         angle = rng.uniform(salt="rotate", low=-self.degrees, high=self.degrees)
-        return batch | {"image": rotate(batch["image"], angle)}
+        return batch | {"image": rotate(unit(batch["image"]), angle)}
 
 
 @dataclass(frozen=True)
