@@ -242,6 +242,7 @@ def jit_train_step(
     train_step: Callable[[State, Batch, jax.Array], tuple[State, StepMetrics]],
     shardings: State,
     mesh: Mesh,
+    compiler_options: dict[str, Any] | None = None,
 ) -> Callable[[State, Batch, jax.Array], tuple[State, StepMetrics]]:
     """Jit with the state donated, and pinned to the same layout on both sides.
 
@@ -254,6 +255,7 @@ def jit_train_step(
         in_shardings=(shardings, meshes.batch_sharding(mesh), whole),
         out_shardings=(shardings, whole),
         donate_argnums=0,
+        compiler_options=compiler_options,
     )
 
 

@@ -39,8 +39,9 @@ RULES: Rules = (
     ("heads", ("tensor",)),
     ("kv_heads", ("tensor",)),
     ("mlp", ("tensor",)),
-    ("conv_out", ("tensor",)),
     ("classes", ("tensor",)),
+    # conv_out is not on "tensor": with batch cut over data and fsdp as well, XLA's partitioner
+    # (jax 0.10.2 on CPU) then gives wrong kernel gradients; tests/invariants found it.
     # FSDP: the dimension that is gathered before use ...
     ("embed", ("fsdp",)),
     ("conv_in", ("fsdp",)),
