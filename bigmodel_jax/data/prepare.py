@@ -113,8 +113,9 @@ def prepare(
         os.path.abspath(out_dir), recipe, specs, entries, given, progress or (lambda stage, done, total: None)
     )
     with _readable_errors(out_dir):
-        if (meta := job.finished(rebuild=rebuild)) is not None:
-            return meta
+        with contextlib.suppress(FileNotFoundError):  # another process is replacing it just now
+            if (meta := job.finished(rebuild=rebuild)) is not None:
+                return meta
         with _lock(job, wait_s):
             job.recover()
             meta = job.finished(rebuild=rebuild)
