@@ -172,13 +172,12 @@ class Pipeline:
     def batch(self, step: int, rows: Rows = None) -> Batch:
         """These rows (all, a slice, or numbers [n]) of the global batch of `step`: {name: [n, ...]}."""
         rows = self._rows(step, rows)
-        # Example ids are non-negative; a partner that is padding is one more row of example 0.
         batch, ids = self._made(step, rows, len(self.transforms))
         weights = [name for name in batch if name == "weights" or name.endswith("_weights")]
         if not weights:
             weights = ["weights"]
             batch["weights"] = np.ones(len(rows), np.float32)
-        padding = np.flatnonzero(ids < 0)
+        padding = () if self.repeats else np.flatnonzero(ids < 0)
         if len(padding):
             for name in [*weights, *({"bytes"} & set(batch))]:
                 batch[name] = batch[name].copy()

@@ -67,24 +67,24 @@ class Elements(Protocol):
 
 
 class Mapped:
-    """A local file of numbers, memory-mapped."""
+    """A local file of numbers, memory-mapped: `values` [n]."""
 
     def __init__(self, path: str, dtype: np.dtype):
         # A plain view: slicing np.memmap itself costs microseconds per call.
         mapped = np.memmap(path, dtype, "r") if os.path.getsize(path) else np.zeros(0, dtype)
-        self._values = mapped.view(np.ndarray)
+        self.values = mapped.view(np.ndarray)
         self._views: dict[int, np.ndarray] = {}
 
     def take(self, index: np.ndarray) -> np.ndarray:
-        return self._values.take(index, mode="clip")
+        return self.values.take(index, mode="clip")
 
     def rows(self, index: np.ndarray, stride: int) -> np.ndarray:
         view = self._views.get(stride)
         if view is None:
-            count = max(len(self._values) - 1, 0) // stride
-            step = self._values.itemsize
+            count = max(len(self.values) - 1, 0) // stride
+            step = self.values.itemsize
             view = np.lib.stride_tricks.as_strided(
-                self._values, (count, stride + 1), (stride * step, step), writeable=False
+                self.values, (count, stride + 1), (stride * step, step), writeable=False
             )
             self._views[stride] = view
         return view[index]

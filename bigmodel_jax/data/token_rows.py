@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,13 @@ from bigmodel_jax.errors import InputError, nearest
 
 _DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 _MODES = ("stream", "pack")
+
+
+@lru_cache(maxsize=8)
+def _places(count: int) -> np.ndarray:
+    places = np.arange(count, dtype=np.int32)
+    places.flags.writeable = False
+    return places
 
 
 def read_meta(folder: str) -> dict[str, Any]:
@@ -208,8 +215,53 @@ class TokenShards:
         ends = np.cumsum(many)
         row = np.repeat(np.arange(count), many)
         piece = np.arange(len(row)) + (first - ends + many)[row]
+        # Copying a piece costs as much as the index arithmetic of some 200 tokens.
+        if count * length > 200 * len(piece) and not is_url(self.folder):
+            self._copy_pieces(index, row, piece, piece - first[row] + 1, out)
+        else:
+            self._index_pieces(index, row, piece, first, ends, out)
+
+    def _copy_pieces(
+        self,
+        index: np.ndarray,
+        row: np.ndarray,
+        piece: np.ndarray,
+        number: np.ndarray,
+        out: dict[str, np.ndarray],
+    ) -> None:
+        """Rows of few long pieces: slice by slice."""
+        starts, sizes = self._packed.starts[piece], self._packed.lengths[piece].astype(np.int64)
+        before = np.cumsum(sizes) - sizes
+        before -= before[number == 1][row]
+        if int(sizes.sum()) < len(index) * self.length:
+            out["tokens"][:] = out["targets"][:] = self._pad
+            out["segments"][:] = out["positions"][:] = 0
+            used = np.bincount(row, weights=sizes)
+            out["weights"][:] = _places(self.length) < used[:, None]
+        tokens, targets, segments, positions = (
+            out[name].reshape(-1) for name in ("tokens", "targets", "segments", "positions")
+        )
+        shard = (np.searchsorted(self._first, index, side="right") - 1)[row].tolist()
+        values = {s: self._file(s).values for s in set(shard)}
+        place = _places(self.length)
+        at = (row * self.length + before).tolist()
+        for s, start, size, n, a in zip(
+            shard, starts.tolist(), sizes.tolist(), number.tolist(), at, strict=True
+        ):
+            to = slice(a, a + size)
+            tokens[to] = values[s][start : start + size]
+            targets[to] = values[s][start + 1 : start + size + 1]
+            segments[to] = n
+            positions[to] = place[:size]
+
+    def _index_pieces(
+        self, index: np.ndarray, row: np.ndarray, piece: np.ndarray, first: np.ndarray, ends: np.ndarray,
+        out: dict[str, np.ndarray],
+    ) -> None:  # fmt: skip
+        """Rows of many short pieces, or of a remote file: one gather."""
+        packed, count, length = self._packed, len(index), self.length
         taken = packed.lengths[piece]
-        used = np.add.reduceat(taken, ends - many)
+        used = np.bincount(row, weights=taken, minlength=count).astype(np.int64)
         # Every row ends with a piece of padding (segment 0, maybe of length 0): all rows are then full.
         slot, filler = np.arange(len(piece)) + row, ends + np.arange(count)
         size, begin, number = (np.zeros(len(piece) + count, kind) for kind in (np.int64, np.int64, np.int32))
@@ -217,27 +269,25 @@ class TokenShards:
         begin[slot] = packed.starts[piece]
         number[slot] = piece - first[row] + 1
         at = np.cumsum(size) - size
-        place = np.arange(count * length, dtype=np.int64)
-        source = place + np.repeat(begin - at, size)
-        np.subtract(
-            place.reshape(count, length), np.repeat(at, size).reshape(count, length), out=out["positions"],
-            casting="same_kind",
-        )  # fmt: skip
-        out["segments"][:] = np.repeat(number, size).reshape(count, length)
-        # Targets are the tokens one place on, except where a piece ends and another document follows.
-        last, after = at[slot] + taken - 1, begin[slot] + taken
+        place = _places(count * length)
+        positions, segments = out["positions"].reshape(-1), out["segments"].reshape(-1)
+        np.subtract(place, np.repeat(at.astype(np.int32), size), out=positions)
+        segments[:] = np.repeat(number, size)
+        source = np.repeat(begin - at, size)
+        source += place
         source = source.reshape(count, length)
-        for shard, rows in self._by_shard(index):
-            file = self._file(shard)
-            out["tokens"][rows] = file.take(source[rows])
-        flat = np.empty(count * length, np.int32)
-        flat[:-1] = out["tokens"].reshape(-1)[1:]
-        for shard, rows in self._by_shard(index):
+        shards = self._by_shard(index)
+        for shard, rows in shards:
+            out["tokens"][rows] = self._file(shard).take(source[rows])
+        # Targets are the tokens one place on, except where a piece ends and another document follows.
+        tokens, targets = out["tokens"].reshape(-1), out["targets"].reshape(-1)
+        targets[:-1] = tokens[1:]
+        last, after = at[slot] + taken - 1, begin[slot] + taken
+        for shard, rows in shards:
             here = slice(None) if isinstance(rows, slice) else np.isin(row, rows)
-            flat[last[here]] = self._file(shard).take(after[here])
-        out["targets"][:] = flat.reshape(count, length)
+            targets[last[here]] = self._file(shard).take(after[here])
         if int(used.sum()) < count * length:
-            empty = out["segments"] == 0
-            out["tokens"][empty] = out["targets"][empty] = self._pad
-            out["positions"][empty] = 0
-            out["weights"][empty] = 0.0
+            empty = segments == 0
+            tokens[empty] = targets[empty] = self._pad
+            positions[empty] = 0
+            out["weights"].reshape(-1)[empty] = 0.0

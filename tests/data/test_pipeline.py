@@ -148,7 +148,7 @@ def test_numpy_and_tfdata_give_the_same_batches(shards):
     pipes = {
         "pack": lm(shards), "stream": lm(shards, "stream", block=4),
         "masked": Pipeline(
-            TokenShards(shards, "train", 24), 4, seed=1, transforms=(Documents(0), MaskTokens(200, 2, (0, 1, 2)))
+            TokenShards(shards, "train", 24), 4, 1, (Documents(0), MaskTokens(200, 2, (0, 1, 2)))
         ),
         "ramp": Pipeline(numbers(50), BatchRamp(((0, 2), (6, 5))), transforms=(Jitter(), Mix())),
         "eval": Pipeline(numbers(50), 8, shuffle=False),

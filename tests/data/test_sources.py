@@ -103,6 +103,30 @@ def test_packed_rows_hold_whole_documents_once(tmp_path):
     assert all(len(value) == 0 for value in source.gather(np.zeros(0, np.int64)).values())
 
 
+@pytest.mark.parametrize("longest", [20, 2000])
+def test_both_ways_of_reading_packed_rows_agree(tmp_path, monkeypatch, longest):
+    """Few long pieces are copied, many short ones indexed: the same rows, from one shard and from three."""
+    docs = shard_files.documents(60, 4, longest=longest)
+    used = Counter()
+    for name in ("_copy_pieces", "_index_pieces"):
+        method = getattr(TokenShards, name)
+        monkeypatch.setattr(TokenShards, name, lambda *a, m=method, n=name: (used.update([n]), m(*a))[1])
+    for shards in ([docs], [docs[:20], docs[20:50], docs[50:]]):
+        folder = shard_files.write(tmp_path / str(len(shards)), shards)
+        source = TokenShards(folder, "train", 777, mode="pack")
+        index = np.random.default_rng(0).integers(0, len(source), 20)
+        index[:2] = [0, len(source) - 1]
+        chosen = source.gather(index)
+        monkeypatch.setattr("bigmodel_jax.data.token_rows.is_url", lambda folder: True)
+        indexed = source.gather(index)
+        monkeypatch.setattr("bigmodel_jax.data.token_rows.is_url", lambda folder: False)
+        assert all(
+            np.array_equal(chosen[k], indexed[k]) and chosen[k].dtype == indexed[k].dtype for k in indexed
+        )
+        assert (indexed["segments"] == 0).any()
+    assert (used["_copy_pieces"] > 0) == (longest == 2000) and used["_index_pieces"] >= 2
+
+
 def test_long_documents_are_cut_and_counted_without_losing_a_target(tmp_path):
     docs = [np.arange(2, 2 + n) for n in (3, 8, 25, 1)]
     source = TokenShards(shard_files.write(tmp_path, [docs]), "train", 8, mode="pack")
@@ -238,7 +262,8 @@ BAD_SHARDS = {
     "missing shard": (lambda d: os.remove(f"{d}/train-00000.bin"), "train-00000.bin is missing"),
     "missing index": (lambda d: os.remove(f"{d}/train-00000.idx"), "train-00000.idx is missing"),
     "disordered index": (
-        lambda d: Path(d, "train-00000.idx").write_bytes(Path(d, "train-00000.idx").read_bytes()[::-1]), "rising",
+        lambda d: Path(d, "train-00000.idx").write_bytes(Path(d, "train-00000.idx").read_bytes()[::-1]),
+        "rising",
     ),
     "no split": (lambda d: edit_meta(d, lambda m: m["splits"].pop("train")), "no split 'train'"),
     "empty split": (lambda d: edit_meta(d, lambda m: m["splits"]["train"].update(shards=[])), "empty"),
@@ -259,7 +284,8 @@ def test_bad_shards_get_one_line(tmp_path, name):
 def test_bad_requests_get_one_line(tmp_path):
     folder = shard_files.write(tmp_path, SHARDS)
     for args, words in [
-        (("train", 16, "packed"), "did you mean 'pack'"), (("train", 0), "at least 1"), (("test", 16), "only train"),
+        (("train", 16, "packed"), "did you mean 'pack'"), (("train", 0), "at least 1"),
+        (("test", 16), "only train"),
     ]:  # fmt: skip
         with pytest.raises(InputError, match=words):
             TokenShards(folder, *args)
@@ -415,9 +441,11 @@ def test_image_folder_errors(tmp_path):
 def test_reading_shards_imports_no_tensorflow_and_no_jax(tmp_path):
     folder = shard_files.write(tmp_path, SHARDS)
     code = (
-        "import sys; from bigmodel_jax.data.pipeline import Pipeline; from bigmodel_jax.data.sources import TokenShards;"
+        "import sys; from bigmodel_jax.data.pipeline import Pipeline;"
+        "from bigmodel_jax.data.sources import TokenShards;"
         f"Pipeline(TokenShards({folder!r}, 'train', 8), 4).batch(3);"
-        "print([m for m in ('jax', 'tensorflow', 'tensorflow_datasets', 'fsspec', 'PIL') if m in sys.modules])"
+        "heavy = 'jax', 'tensorflow', 'tensorflow_datasets', 'fsspec', 'PIL';"
+        "print([m for m in heavy if m in sys.modules])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path.cwd()

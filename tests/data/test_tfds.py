@@ -60,7 +60,8 @@ def test_text_comes_as_documents(mocked):
 
 def test_wrong_names_get_one_line(mocked):
     for args, words in [
-        (("mnits", "train"), "did you mean 'mnist'"), (("mnist", "train", {"image": "imag"}), "did you mean 'image'"),
+        (("mnits", "train"), "did you mean 'mnist'"),
+        (("mnist", "train", {"image": "imag"}), "did you mean 'image'"),
     ]:  # fmt: skip
         with pytest.raises(InputError, match=words) as error:
             Tfds(*args)
