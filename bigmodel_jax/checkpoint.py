@@ -419,9 +419,7 @@ def _restore_args(about: Mapping[str, Any], leaf: Any) -> ocp.RestoreArgs:
     dtype = np.dtype(about["dtype"])
     if isinstance(leaf, np.ndarray):
         return ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype)
-    return ocp.ArrayRestoreArgs(
-        sharding=_sharding(leaf), global_shape=tuple(about["shape"]), dtype=dtype
-    )
+    return ocp.ArrayRestoreArgs(sharding=_sharding(leaf), global_shape=tuple(about["shape"]), dtype=dtype)
 
 
 def _quiet() -> None:

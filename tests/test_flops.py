@@ -25,10 +25,20 @@ def _cost(layers, gated, kv_heads):
             x = (up * (x @ w["gate"]) if gated else up) @ w["down"]
         return jnp.vdot(x @ p["head"], x @ p["head"])
 
-    shapes = {"q": (d, g, h // g, k), "k": (d, g, k), "v": (d, g, k), "o": (g, h // g, k, d), "up": (d, f), "down": (f, d)}
+    shapes = {
+        "q": (d, g, h // g, k),
+        "k": (d, g, k),
+        "v": (d, g, k),
+        "o": (g, h // g, k, d),
+        "up": (d, f),
+        "down": (f, d),
+    }
     shapes |= {"gate": (d, f)} if gated else {}
     make = lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
-    params = {"layers": [{n: make(s) for n, s in shapes.items()} for _ in range(layers)], "head": make((d, v))}
+    params = {
+        "layers": [{n: make(s) for n, s in shapes.items()} for _ in range(layers)],
+        "head": make((d, v)),
+    }
     compiled = jax.jit(jax.grad(forward, argnums=(0, 1))).lower(params, make((batch, length, d))).compile()
     return compiled.cost_analysis()["flops"] / (batch * length)
 
@@ -43,7 +53,15 @@ def test_training_flops_equal_the_compilers_count(gated, kv_heads):
 
 
 def test_gpt2_124m_is_six_n_plus_attention():
-    shape = {"layers": 12, "width": 768, "heads": 12, "head_dim": 64, "mlp": 3072, "vocab": 50257, "length": 1024}
+    shape = {
+        "layers": 12,
+        "width": 768,
+        "heads": 12,
+        "head_dim": 64,
+        "mlp": 3072,
+        "vocab": 50257,
+        "length": 1024,
+    }
     n = 12 * 12 * 768**2 + 50257 * 768
     assert n == 123_532_032
     assert flops.transformer_training(**shape) == 6 * n + 12 * 12 * 1024 * 768
@@ -52,7 +70,13 @@ def test_gpt2_124m_is_six_n_plus_attention():
 @pytest.mark.parametrize(
     "blocks,bottleneck,gmacs",
     # MACs at 224 of torchvision's models (stride in the 3x3), as its model tables publish them.
-    [((2, 2, 2, 2), False, 1.814), ((3, 4, 6, 3), False, 3.664), ((3, 4, 6, 3), True, 4.089), ((3, 4, 23, 3), True, 7.801), ((3, 8, 36, 3), True, 11.514)],
+    [
+        ((2, 2, 2, 2), False, 1.814),
+        ((3, 4, 6, 3), False, 3.664),
+        ((3, 4, 6, 3), True, 4.089),
+        ((3, 4, 23, 3), True, 7.801),
+        ((3, 8, 36, 3), True, 11.514),
+    ],
 )
 def test_resnets_at_224(blocks, bottleneck, gmacs):
     ours = flops.resnet_forward(blocks=blocks, bottleneck=bottleneck, size=224, classes=1000)
@@ -61,7 +85,9 @@ def test_resnets_at_224(blocks, bottleneck, gmacs):
 
 def test_resnet20_on_cifar():
     # He et al. 2015, section 4.2; 40.55 million multiply-accumulates without shortcut parameters.
-    ours = flops.resnet_forward(blocks=(3, 3, 3), bottleneck=False, size=32, classes=10, width=16, stem="cifar")
+    ours = flops.resnet_forward(
+        blocks=(3, 3, 3), bottleneck=False, size=32, classes=10, width=16, stem="cifar"
+    )
     assert ours / 2e6 == pytest.approx(40.55, rel=2e-3)
 
 

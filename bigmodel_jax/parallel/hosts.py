@@ -88,15 +88,20 @@ def initialise(
             raise InputError(f"process {index} of {count}: need 0 <= process_id < num_processes")
         if count == 1:
             return False
-    options: dict[str, Any] = {} if coordinator == "auto" else {
-        "coordinator_address": coordinator, "num_processes": count, "process_id": index
-    }
+    options: dict[str, Any] = (
+        {}
+        if coordinator == "auto"
+        else {"coordinator_address": coordinator, "num_processes": count, "process_id": index}
+    )
     if (jax.config.jax_platforms or "cpu").split(",")[0] == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(
-            **options, local_device_ids=local_device_ids, initialization_timeout=start_s,
-            heartbeat_timeout_seconds=heartbeat_s, shutdown_timeout_seconds=shutdown_s,
+            **options,
+            local_device_ids=local_device_ids,
+            initialization_timeout=start_s,
+            heartbeat_timeout_seconds=heartbeat_s,
+            shutdown_timeout_seconds=shutdown_s,
         )
     except (RuntimeError, ValueError) as error:
         first = (str(error).strip().splitlines() or [""])[0][:300]
