@@ -289,7 +289,7 @@ class Logits:
             x = ops.NORMS[spec.norm](x, *arrays["norm"], eps=spec.norm_eps)
         letters = "...d,vd->...v" if spec.tied_embeddings else "...d,dv->...v"
         high = ops.wide(x.dtype)
-        logits = jnp.einsum(letters, x, arrays["kernel"], preferred_element_type=high)
+        logits = ops.wide_einsum(letters, x, arrays["kernel"])
         if "bias" in arrays:
             logits = logits + arrays["bias"].astype(high)
         if logits.ndim == 3:
