@@ -35,6 +35,8 @@ setup(
         "tensorflow-cpu>=2.20,<2.22; platform_machine == 'x86_64' and sys_platform != 'darwin'",
         "tensorflow>=2.20,<2.22; platform_machine != 'x86_64' or sys_platform == 'darwin'",
         "pillow>=11",
+        # Needed by tensorflow-datasets to prepare a data set, and not declared by it on every Python.
+        "importlib_resources>=6",
         "scikit-learn>=1.6,<2",
         "rich>=14,<16",
         "matplotlib>=3.10,<4",

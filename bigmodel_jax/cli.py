@@ -119,3 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.stderr.flush()
     # Daemon threads of the runtime may wait for work that will never come.
     os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

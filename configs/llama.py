@@ -31,7 +31,7 @@ def get_config(arg="8b"):
     config.model = dict(
         name="decoder", vocab_size=128256, num_layers=layers, embed_dim=width, num_heads=heads,
         num_kv_heads=kv_heads, mlp_dim=mlp, max_length=LENGTH, positions="rotary", rope_theta=500_000.0,
-        norm="rmsnorm", activation="swiglu", bias=False, tied_embeddings=tied, dtype="bfloat16",
+        norm="rmsnorm", norm_bias=False, activation="swiglu", bias=False, tied_embeddings=tied, dtype="bfloat16",
         remat="full",
     )  # fmt: skip
     config.objective = dict(name="causal_lm", chunk=1024)

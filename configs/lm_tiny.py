@@ -12,7 +12,7 @@ def get_config(arg=None):
     config.batch_size = 8
     config.model = dict(
         name="decoder", num_layers=4, embed_dim=256, num_heads=4, max_length=256,
-        positions="rotary", norm="rmsnorm", activation="swiglu", mlp_dim=704, bias=False,
+        positions="rotary", norm="rmsnorm", norm_bias=False, activation="swiglu", mlp_dim=704, bias=False,
     )  # fmt: skip
     config.objective = dict(name="causal_lm")
     config.optimizer = dict(name="muon", lr=0.02, weight_decay=0.0, clip=1.0)

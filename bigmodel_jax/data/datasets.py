@@ -93,7 +93,9 @@ class Text:
             "tokenizer": self.tokenizer, "vocab_size": self.vocab_size, "pieces": self.pieces,
             "validation_fraction": self.validation_fraction,
         }  # fmt: skip
-        what = json.dumps([self.corpus, recipe], sort_keys=True)
+        # A relative path means another corpus in another directory.
+        base = "" if self.corpus == "stdlib" or self.corpus.startswith("tfds:") else os.getcwd()
+        what = json.dumps([self.corpus, base, recipe], sort_keys=True)
         name = hashlib.sha256(what.encode()).hexdigest()[:16]
         folder = os.path.join(self.cache or cache_root(), "prepared", name)
         prepare(self.corpus, folder, progress=progress, rebuild=True, **recipe)
@@ -107,9 +109,9 @@ class Text:
         self, *, seed: int, batch_size: int | tuple, eval_batch_size: int, progress: Progress = None
     ) -> Loaded:
         folder = self.directory(progress)
+        train = TokenShards(folder, "train", self.length, self.mode)
         tokenizer = load_tokenizer(folder)
         transforms = self.transforms(tokenizer)
-        train = TokenShards(folder, "train", self.length, self.mode)
         evals = {}
         if "validation" in train.meta["splits"]:
             held_out = TokenShards(folder, "validation", self.length, self.mode)
