@@ -27,6 +27,7 @@ from bigmodel_jax.errors import InputError, nearest
 from bigmodel_jax.learn import muon as muon_rule
 
 Slots = dict[str, jax.Array]
+Keep = Callable[[jax.Array, jax.Array], jax.Array]
 Groups = Sequence[tuple[str, Mapping[str, Any]]]
 
 GROUP_OPTIONS = ("lr", "decay", "freeze")
@@ -37,10 +38,14 @@ DEFAULT_GROUPS: Groups = ((r"(^|/|_)(bias|scale|norm)", {"decay": 0.0}), (r".*",
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """init(p) -> slots; update(g, slots, p, t) -> (direction, slots), t = 1 at the first update."""
+    """init(p) -> slots; update(g, slots, p, t, keep) -> (direction, slots).
+
+    t is 1 at the first update; every slot returned is keep(new, old), and the direction is made
+    of kept slots where the algorithm allows it.
+    """
 
     init: Callable[[Any], Slots]
-    update: Callable[[jax.Array, Slots, jax.Array, jax.Array], tuple[jax.Array, Slots]]
+    update: Callable[..., tuple[jax.Array, Slots]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,27 +83,29 @@ def adam(
     mu_dtype: "bfloat16" halves the first moment; the second stays float32 or wider.
     """
 
-    def update(g: jax.Array, s: Slots, p: jax.Array, t: jax.Array) -> tuple[jax.Array, Slots]:
+    def update(g: jax.Array, s: Slots, p: jax.Array, t: jax.Array, keep: Keep) -> tuple[jax.Array, Slots]:
         mu = b1 * s["mu"].astype(g.dtype) + (1 - b1) * g
-        nu = b2 * s["nu"] + (1 - b2) * jnp.square(g)
+        nu = keep(b2 * s["nu"] + (1 - b2) * jnp.square(g), s["nu"])
+        kept = keep(mu.astype(s["mu"].dtype), s["mu"])
+        mu = kept if kept.dtype == g.dtype else mu  # a narrow moment is only stored narrow
         c1, c2 = (1 - b1**t, 1 - b2**t) if bias_correction else (1.0, 1.0)
         # Scalars first: one division and one root per element.
         direction = (mu / c1) / (jnp.sqrt(nu / c2) + eps)
-        return direction, {"mu": mu.astype(s["mu"].dtype), "nu": nu}
+        return direction, {"mu": kept, "nu": nu}
 
     return Rule(lambda p: {"mu": _zeros(p, mu_dtype), "nu": _zeros(p)}, update)
 
 
 def sgd(leaf: Leaf) -> Rule:
     """Plain gradient descent, no slots."""
-    return Rule(lambda p: {}, lambda g, s, p, t: (g, {}))
+    return Rule(lambda p: {}, lambda g, s, p, t, keep: (g, {}))
 
 
 def momentum(leaf: Leaf, beta: float = 0.9) -> Rule:
     """Heavy ball: v <- beta v + g, direction v (no dampening, as in torch and ONNX)."""
 
-    def update(g: jax.Array, s: Slots, p: jax.Array, t: jax.Array) -> tuple[jax.Array, Slots]:
-        v = beta * s["momentum"] + g
+    def update(g: jax.Array, s: Slots, p: jax.Array, t: jax.Array, keep: Keep) -> tuple[jax.Array, Slots]:
+        v = keep(beta * s["momentum"] + g, s["momentum"])
         return v, {"momentum": v}
 
     return Rule(lambda p: {"momentum": _zeros(p)}, update)
@@ -107,8 +114,8 @@ def momentum(leaf: Leaf, beta: float = 0.9) -> Rule:
 def nesterov(leaf: Leaf, beta: float = 0.9) -> Rule:
     """Nesterov momentum as in Sutskever et al. 2013: direction g + beta v with the new v."""
 
-    def update(g: jax.Array, s: Slots, p: jax.Array, t: jax.Array) -> tuple[jax.Array, Slots]:
-        v = beta * s["momentum"] + g
+    def update(g: jax.Array, s: Slots, p: jax.Array, t: jax.Array, keep: Keep) -> tuple[jax.Array, Slots]:
+        v = keep(beta * s["momentum"] + g, s["momentum"])
         return g + beta * v, {"momentum": v}
 
     return Rule(lambda p: {"momentum": _zeros(p)}, update)
@@ -117,10 +124,10 @@ def nesterov(leaf: Leaf, beta: float = 0.9) -> Rule:
 def lion(leaf: Leaf, b1: float = 0.9, b2: float = 0.99, mu_dtype: str = "") -> Rule:
     """Lion (Chen et al. 2023, algorithm 2): the sign of an interpolated momentum."""
 
-    def update(g: jax.Array, s: Slots, p: jax.Array, t: jax.Array) -> tuple[jax.Array, Slots]:
+    def update(g: jax.Array, s: Slots, p: jax.Array, t: jax.Array, keep: Keep) -> tuple[jax.Array, Slots]:
         mu = s["mu"].astype(g.dtype)
         direction = jnp.sign(b1 * mu + (1 - b1) * g)
-        return direction, {"mu": (b2 * mu + (1 - b2) * g).astype(s["mu"].dtype)}
+        return direction, {"mu": keep((b2 * mu + (1 - b2) * g).astype(s["mu"].dtype), s["mu"])}
 
     return Rule(lambda p: {"mu": _zeros(p, mu_dtype)}, update)
 
@@ -160,19 +167,20 @@ def adafactor(
     def rms(x: jax.Array) -> jax.Array:
         return jnp.sqrt(jnp.mean(jnp.square(x), axis=tuple(inner), keepdims=True))
 
-    def update(g: jax.Array, s: Slots, p: jax.Array, t: jax.Array) -> tuple[jax.Array, Slots]:
+    def update(g: jax.Array, s: Slots, p: jax.Array, t: jax.Array, keep: Keep) -> tuple[jax.Array, Slots]:
         b2 = 1 - t**-exponent
         square = jnp.square(g) + eps
         if factored:
             first, second = largest
-            rows = b2 * s["nu_rows"] + (1 - b2) * jnp.mean(square, axis=second)
+            rows = keep(b2 * s["nu_rows"] + (1 - b2) * jnp.mean(square, axis=second), s["nu_rows"])
             columns = b2 * s["nu_columns"] + (1 - b2) * jnp.mean(square, axis=first)
+            columns = keep(columns, s["nu_columns"])
             mean = jnp.mean(rows, axis=first, keepdims=True)
             row_scale = jnp.expand_dims(jax.lax.rsqrt(rows / mean), second)
             direction = g * row_scale * jnp.expand_dims(jax.lax.rsqrt(columns), first)
             slots = {"nu_columns": columns, "nu_rows": rows}
         else:
-            nu = b2 * s["nu"] + (1 - b2) * square
+            nu = keep(b2 * s["nu"] + (1 - b2) * square, s["nu"])
             direction, slots = g * jax.lax.rsqrt(nu), {"nu": nu}
         direction = direction / jnp.maximum(1.0, rms(direction) / threshold)
         if scale_by_parameter:
@@ -202,8 +210,8 @@ def muon(
     if shape is None:
         return adam(leaf, b1, b2, eps)
 
-    def update(g: jax.Array, s: Slots, p: jax.Array, t: jax.Array) -> tuple[jax.Array, Slots]:
-        v = beta * s["momentum"] + g
+    def update(g: jax.Array, s: Slots, p: jax.Array, t: jax.Array, keep: Keep) -> tuple[jax.Array, Slots]:
+        v = keep(beta * s["momentum"] + g, s["momentum"])
         x = (g + beta * v).reshape(shape)
         x = x.astype(jnp.dtype(dtype)) if dtype else x
         x = muon_rule.orthogonalize(x, steps).astype(v.dtype)
@@ -285,7 +293,7 @@ def make(
     weight_decay: float = 0.0,
     groups: Groups = DEFAULT_GROUPS,
     **options: Any,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Build the optimizer for these parameters.
 
     Args:
@@ -301,7 +309,8 @@ def make(
 
     Returns:
       init(params) -> state and update(gradients, state, params) -> (updates, state). Gradients
-      of frozen parameters may be absent; present ones get zero updates.
+      of frozen parameters may be absent; present ones get zero updates. update(..., good=flag)
+      keeps the old state bitwise where the flag is False; the caller then drops the updates.
 
     Raises:
       InputError: unknown optimizer, option, decay or group option; an uncovered parameter.
@@ -318,9 +327,11 @@ def make(
         for path, leaf in trees.flatten(params).items()
         if not settings[path]["freeze"]
     }
-    return optax.GradientTransformation(
+    return optax.GradientTransformationExtraArgs(
         lambda p: _init(rules, p),
-        lambda g, s, p=None: _update(rules, settings, lr, clip, decay, weight_decay, g, s, p),
+        lambda g, s, p=None, *, good=None, **_: _update(
+            rules, settings, lr, clip, decay, weight_decay, g, s, p, good
+        ),
     )
 
 
@@ -336,12 +347,14 @@ def _init(rules: Mapping[str, Rule], params: Any) -> dict[str, Any]:
 def _update(
     rules: Mapping[str, Rule], settings: Mapping[str, Mapping[str, Any]], lr: Callable,
     clip: float, decay: str, weight_decay: float, gradients: Any, state: Any, params: Any,
+    good: jax.Array | None,
 ) -> tuple[Any, Any]:  # fmt: skip
     flat = trees.flatten(gradients)
     weights = trees.flatten(params)
     slots = {slot: trees.flatten(value) for slot, value in state.items() if slot != "count"}
     rate = lr(state["count"])
     t = (state["count"] + 1).astype(rate.dtype)
+    keep = _keeper(good)
     live = {path: g for path, g in flat.items() if path in rules}
     scale = clip / jnp.maximum(global_norm(live), clip) if clip else None
     updates = {path: jnp.zeros_like(g) for path, g in flat.items() if path not in rules}
@@ -354,7 +367,7 @@ def _update(
         if wd and decay == "l2":
             g = g + wd * master
         own = {slot: values[path] for slot, values in slots.items() if path in values}
-        direction, own = rules[path].update(g, own, master, t.astype(g.dtype))
+        direction, own = rules[path].update(g, own, master, t.astype(g.dtype), keep)
         if wd and decay == "decoupled":
             direction = direction + wd * master
         updates[path] = (-rate * settings[path]["lr"]).astype(g.dtype) * direction
@@ -362,7 +375,20 @@ def _update(
             slots[slot][path] = value
     nested = {slot: trees.unflatten(values) for slot, values in slots.items()}
     ordered = trees.unflatten({path: updates[path] for path in flat})
-    return ordered, {"count": state["count"] + 1} | nested
+    return ordered, {"count": keep(state["count"] + 1, state["count"])} | nested
+
+
+def _keeper(good: jax.Array | None) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """(new, old) -> the one to keep, cut off from what reads it.
+
+    Without the barrier XLA:CPU computes a parameter's update from the *old* moments, beside the
+    new ones, and must copy every moment first because both are written in place.
+    """
+
+    def keep(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jax.lax.optimization_barrier(new if good is None else jnp.where(good, new, old))
+
+    return keep
 
 
 def apply(params: Any, updates: Any) -> Any:

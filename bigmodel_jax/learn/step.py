@@ -48,7 +48,7 @@ def make_train_step(
     apply: Callable[..., Any],
     merge: Callable[[Any, Any], Any],
     objective: Objective,
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformationExtraArgs,
     *,
     lr: Callable[[jax.Array], jax.Array] | None = None,
     guard: Guard = Guard(),
@@ -66,6 +66,7 @@ def make_train_step(
 
     Args:
       apply, merge: the model's; merge(stats, mean of the microbatches' updates) once per step.
+      tx: from `optim.make`; it leaves its own state alone when told that the step is bad.
       lr: only to report it.
       ema: decay of the averaged parameters, for a state that has them.
       mesh, rules: layout under which the model is traced; None for one device.
@@ -87,10 +88,13 @@ def make_train_step(
             trained, fixed = _split(state["params"], frozen)
             run = _accumulate(apply, objective, state, fixed, batch, key, _pin(pinned))
             loss, grads, metrics, updates = run(trained)
-            new, grad_norm, steps = _updated(state, grads, updates, merge, tx, ema)
+            grad_norm = optim.global_norm(grads)
+            counters, verdict = _judged(state["guard"], guard, loss, grad_norm)
+            keep = ~verdict["skipped"] if guard.skip else None
+            new, change = _updated(state, grads, updates, merge, tx, ema, keep)
+            new["guard"] = counters
             if norms:
-                metrics |= _group_norms(norms, grads, state["params"], steps)
-            new, verdict = _guarded(state, new, guard, loss, grad_norm)
+                metrics |= _group_norms(norms, grads, state["params"], change)
         metrics |= {"loss": loss, "grad_norm": grad_norm} | verdict
         if lr is not None:
             metrics["lr"] = lr(state["step"])
@@ -173,27 +177,27 @@ def _accumulate(
 
 def _updated(
     state: State, grads: dict[str, Any], updates: Any, merge: Callable,
-    tx: optax.GradientTransformation, ema: float,
-) -> tuple[State, jax.Array, dict[str, Any]]:  # fmt: skip
-    """(state after the update, gradient norm, {path: parameter change})."""
-    change, opt = tx.update(trees.unflatten(grads), state["opt"], state["params"])
-    new = dict(state)
-    new["opt"] = opt
-    new["params"] = optim.apply(state["params"], change)
+    tx: optax.GradientTransformationExtraArgs, ema: float, good: jax.Array | None,
+) -> tuple[State, dict[str, Any]]:  # fmt: skip
+    """(state after the update, {path: parameter change}); the old state where not `good`."""
+    change, opt = tx.update(trees.unflatten(grads), state["opt"], state["params"], good=good)
+    new = {"params": optim.apply(state["params"], change), "step": state["step"] + 1}
     new["stats"] = merge(state["stats"], updates) if jax.tree.leaves(updates) else state["stats"]
-    new["step"] = state["step"] + 1
     if "ema" in state:
         new["ema"] = jax.tree.map(
             lambda e, p: (ema * e + (1 - ema) * p).astype(e.dtype), state["ema"], new["params"]
         )
-    return new, optim.global_norm(grads), trees.flatten(change)
+    if good is not None:
+        old = {key: state[key] for key in new}
+        new = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+    # The optimizer has made its own choice: selecting its slots again would be one more pass.
+    return state | new | {"opt": opt}, trees.flatten(change)
 
 
-def _guarded(
-    old: State, new: State, guard: Guard, loss: jax.Array, grad_norm: jax.Array
-) -> tuple[State, StepMetrics]:
-    """Select between the states, and keep the guard's books."""
-    books = old["guard"]
+def _judged(
+    books: dict[str, jax.Array], guard: Guard, loss: jax.Array, grad_norm: jax.Array
+) -> tuple[dict[str, jax.Array], StepMetrics]:
+    """(the guard's books after this step, what the metrics say of it)."""
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     good = finite
     if guard.spike:
@@ -214,15 +218,9 @@ def _guarded(
         "bad_streak": jnp.where(good, 0, books["bad_streak"] + 1),
         "skipped": books["skipped"] + left_out,
     }
-    if guard.skip:
-        new = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
-    verdict = {
-        "finite": finite,
-        "skipped": left_out,
-        "bad_streak": counters["bad_streak"],
-        "skipped_total": counters["skipped"],
-    }
-    return new | {"guard": counters}, verdict
+    verdict = {"finite": finite, "skipped": left_out}
+    verdict |= {"bad_streak": counters["bad_streak"], "skipped_total": counters["skipped"]}
+    return counters, verdict
 
 
 def _group_norms(

@@ -114,19 +114,15 @@ def test_a_spike_is_skipped_once_the_window_is_full():
     spiky = batch(0)
     spiky["targets"] = (spiky["targets"] + 5) % VOCAB
 
-    def run(spike, order):
-        setup = Setup(guard=steps.Guard(spike=spike))
-        return setup.run(order)
-
-    steady = [batch(0)] * 30
-    _, log = run(0.0, steady + [spiky])
+    setup, steady = Setup(guard=steps.Guard(spike=1.3)), [batch(0)] * 30
+    _, log = setup.run(steady + [spiky])
     ratio = log[-1]["loss"] / np.median([m["loss"] for m in log[-5:-1]])
     assert ratio > 1.5, "the batch is a spike indeed"
-    state, log = run(1.3, steady + [spiky])
-    expected, _ = run(1.3, steady)
+    state, log = setup.run(steady + [spiky])
+    expected, _ = setup.run(steady)
     assert bool(log[-1]["skipped"]) and bool(log[-1]["finite"])
     assert equal(without_guard(state), without_guard(expected))
-    state, log = run(1.3, [batch(0), spiky])
+    state, log = setup.run([batch(0), spiky])
     assert not log[-1]["skipped"], "two steps are no statistic"
 
 
