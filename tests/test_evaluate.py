@@ -1,0 +1,94 @@
+"""37 examples give one answer: any batch size, any number of devices, in the loop or after it."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from bigmodel_jax import experiment, offline
+from bigmodel_jax.data.pipeline import Pipeline
+from bigmodel_jax.data.sources import Arrays
+from bigmodel_jax.evaluate import evaluate, means
+from bigmodel_jax.parallel.feed import global_batch, local_columns
+from bigmodel_jax.parallel.mesh import batch_sharding, make_mesh
+from bigmodel_jax.programs import Programs
+from bigmodel_jax.train import train
+from tests import tiny
+
+
+def stand_in(state, batch):
+    """Sums of a made-up metric, with numpy's weights."""
+    weight = batch["weights"].sum()
+    return {"loss": ((batch["x"] * batch["weights"]).sum(), weight)}
+
+
+def test_every_example_counts_once_for_any_batch_size_and_devices():
+    x = np.random.default_rng(0).normal(size=37)
+    source = Arrays({"x": x, "weights": np.ones(37, np.float32)})
+    step = jax.jit(stand_in)
+    for devices, sizes in ((1, (1, 5, 37, 64)), (8, (8, 16, 40))):
+        sharding = batch_sharding(make_mesh(None, jax.devices()[:devices]), accumulated=False)
+        for size in sizes:
+            out = evaluate(step, {}, Pipeline(source, size, shuffle=False), sharding, size, coefficients={"loss": 1.0})
+            assert out["loss"] == pytest.approx(x.mean(), rel=1e-6)
+            assert out["examples"] == 37
+    # Control: a mean of batch means is another number.
+    assert abs(np.mean([x[i : i + 8].mean() for i in range(0, 37, 8)]) - x.mean()) > 1e-4
+
+
+def test_means_of_sums():
+    sums = {"loss": (6.0, 3.0), "nll": (3.0, 3.0), "bits_per_byte": (10.0, 4.0)}
+    out = means(sums, {"loss": 0.5})
+    assert out == {"loss": 1.0, "nll": 1.0, "perplexity": np.e, "bits_per_byte": 2.5}
+
+
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"tensor": 8, "data": 1}])
+def test_the_global_batch_holds_the_rows_it_should(sizes):
+    sharding = batch_sharding(make_mesh(sizes))
+    asked = []
+
+    def fetch(rows):
+        asked.append(rows)
+        return {"row": np.asarray(rows), "wide": np.stack([rows, rows * 10], axis=1)}
+
+    batch = global_batch(fetch, sharding, (3, 8))
+    np.testing.assert_array_equal(batch["row"], np.arange(24).reshape(3, 8))
+    np.testing.assert_array_equal(batch["wide"][..., 1], 10 * np.arange(24).reshape(3, 8))
+    assert batch["row"].sharding.is_equivalent_to(sharding, 2)
+    np.testing.assert_array_equal(asked, [np.arange(24)])
+
+
+def test_a_process_asks_only_for_what_its_devices_hold():
+    """Two hosts of four devices each, and two hosts that share every row over a tensor axis."""
+
+    class Host:
+        def __init__(self, sharding, devices):
+            self.sharding, self.devices = sharding, devices
+
+        def addressable_devices_indices_map(self, shape):
+            every = self.sharding.devices_indices_map(shape)
+            return {device: every[device] for device in self.devices}
+
+    sharding = batch_sharding(make_mesh({"data": 8}))
+    halves = [local_columns(Host(sharding, jax.devices()[i : i + 4]), (3, 16)) for i in (0, 4)]
+    np.testing.assert_array_equal(np.concatenate(halves), np.arange(16))
+    shared = batch_sharding(make_mesh({"data": 1, "tensor": 8}))
+    for i in (0, 4):
+        np.testing.assert_array_equal(local_columns(Host(shared, jax.devices()[i : i + 4]), (3, 16)), np.arange(16))
+
+
+def test_in_the_loop_equals_offline_and_changes_nothing(tmp_path):
+    raw = tiny.raw("encoder", tmp_path) | {"steps": 4, "eval": {"every": 2, "batch_size": 8}}
+    often = train(experiment.resolve(raw), str(tmp_path / "often"))
+    raw["eval"] = {"batch_size": 16}
+    once = train(experiment.resolve(raw), str(tmp_path / "once"))
+    assert often["state_hash"] == once["state_hash"]
+    found = offline.evaluate_run(str(tmp_path / "often"), ["--config.eval.batch_size=40"])
+    for name, value in once["eval"]["validation"].items():
+        assert found["eval"]["validation"][name] == pytest.approx(value, rel=1e-5)
+        assert often["eval"]["validation"][name] == pytest.approx(value, rel=1e-5)
+    other = offline.evaluate_run(str(tmp_path / "often"), [], step=4)
+    assert other["step"] == 4
+    programs = Programs(experiment.build(experiment.resolve(raw)))
+    assert programs.compilations == 0
