@@ -85,6 +85,16 @@ def main() -> None:
     print(f"{'median of ' + str(options.repeats):22}" + "".join(f"{k:>16}" for k in table["ours"]))
     for name, row in table.items():
         print(f"{name:22}" + "".join(f"{row[k]:16.3f}" if k in row else f"{'-':>16}" for k in table["ours"]))
+    pairs = zip(rows["ours"], rows["orbax_uncompressed"], rows["orbax"], strict=True)
+    ratios = [
+        (a["restore_s"] / b["restore_s"], a["save_s"] / b["save_s"], a["save_s"] / c["save_s"])
+        for a, b, c in pairs
+    ]
+    names = ("restore / uncompressed orbax", "save / uncompressed orbax", "save / orbax")
+    paired = {
+        name: statistics.median(values) for name, values in zip(names, zip(*ratios, strict=True), strict=True)
+    }
+    print("paired ratios: " + "  ".join(f"{name} {value:.2f}" for name, value in paired.items()))
     goals = {
         "blocking_s <= 0.1": table["ours"]["blocking_s"] <= 0.1,
         "restore_s <= 0.9": table["ours"]["restore_s"] <= 0.9,
@@ -92,7 +102,7 @@ def main() -> None:
     print("  ".join(f"{goal}: {'met' if met else 'MISSED'}" for goal, met in goals.items()))
     result = {
         "megabytes": options.megabytes, "repeats": options.repeats,
-        "median": table, "all": rows, "goals": goals,
+        "median": table, "paired_ratios": paired, "all": rows, "goals": goals,
         "device": jax.devices()[0].device_kind, "cpus": os.cpu_count(), "load": os.getloadavg()[0],
         "jax": jax.__version__, "orbax": ocp.__version__, "python": platform.python_version(),
     }  # fmt: skip

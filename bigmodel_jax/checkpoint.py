@@ -204,7 +204,7 @@ class Checkpointer:
             record.same_model(about["leaves"], flat, f"step {step} in {self.directory}")
             arrays = load(self.directory / str(step), about["leaves"], flat)
             meta = about["meta"]
-        except (Corrupt, InputError, MemoryError, PermissionError) as error:
+        except (Corrupt, RunError, MemoryError, OSError) as error:
             problem = error
         verdict = 0 if problem is None else 1 if isinstance(problem, Corrupt) else 2
         if hosts.worst(verdict) != verdict:  # all processes must take the same way

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 
+import numpy as np
 import pytest
 
 from bigmodel_jax.errors import EXIT_WATCHDOG, InputError
@@ -222,3 +223,45 @@ def test_a_run_that_goes_on_is_left_alone_and_a_pat_is_cheap(tmp_path):
     rc, output = finish(start(code))
     assert rc == 0, output
     assert float(output) < 1.5e-3
+
+
+def test_two_processes_save_walk_back_together_and_one_process_continues(tmp_path):
+    code = (
+        JOIN
+        + """
+    import glob, os
+    import numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+    from bigmodel_jax.checkpoint import Checkpointer
+    place = NamedSharding(Mesh(np.array(jax.devices()), ("d",)), PartitionSpec("d"))
+    value = lambda n: np.full((64, 8), n, np.float32)
+    full = lambda n: jax.make_array_from_callback((64, 8), place, lambda i: value(n)[i])
+    directory = sys.argv[4]
+    said = []
+    with Checkpointer(directory, timeout_s=30, log=said.append) as saver:
+        for step in (1, 2, 3):
+            saver.save(step, {"w": full(step)}, {"step": step})
+        saver.wait()
+        if index == 0:
+            path = max(glob.glob(f"{directory}/3/state/**/d/*", recursive=True), key=os.path.getsize)
+            data = bytearray(open(path, "rb").read())
+            data[len(data) // 2] ^= 1
+            open(path, "wb").write(data)
+        hosts.barrier("damaged", 30)
+        state, meta = saver.restore({"w": full(0)})
+        right = all((np.asarray(s.data) == 2).all() for s in state["w"].addressable_shards)
+        print("restored", meta["step"], right, len(said), flush=True)
+    hosts.barrier("end", 30)
+    """
+    )
+    address = free_address()
+    children = [start(code, address, index, 30, tmp_path / "c") for index in range(2)]
+    results = [finish(child) for child in children]
+    for rc, output in results:
+        assert rc == 0 and "restored 2 True 1" in output, output
+    from bigmodel_jax.checkpoint import Checkpointer
+
+    with Checkpointer(tmp_path / "c") as saver:
+        state, meta = saver.restore({"w": np.zeros((64, 8), np.float32)})
+    assert meta["step"] == 2 and (state["w"] == 2).all()
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["1", "2", "3.corrupt"]
