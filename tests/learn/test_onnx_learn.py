@@ -37,7 +37,8 @@ def test_onnx_cases_of_adam_and_momentum():
         assert t == 0, "ONNX corrects no bias and dampens nothing at T = 0"
         slots = ("mu", "nu") if node.op_type == "Adam" else ("momentum",)
         n = len(tensors) // (2 + len(slots))
-        groups = [{str(i): x for i, x in enumerate(tensors[k * n : k * n + n])} for k in range(2 + len(slots))]
+        names = [str(i) for i in range(n)]
+        groups = [dict(zip(names, tensors[k : k + n], strict=True)) for k in range(0, len(tensors), n)]
         options = dict(decay="l2", weight_decay=o["norm_coefficient"], groups=[(".*", {})])
         if node.op_type == "Adam":
             options |= dict(name="adam", b1=o["alpha"], b2=o["beta"], eps=o["epsilon"], bias_correction=False)

@@ -207,7 +207,8 @@ def test_compiled_once_sharded_and_donated(caplog):
 
 def test_slots_follow_their_parameters():
     mesh = meshes.make_mesh({"fsdp": 4, "tensor": 2})
-    shapes = {"w": jax.ShapeDtypeStruct((16, 8), jnp.float32), "norm": jax.ShapeDtypeStruct((16,), jnp.float32)}
+    sizes = {"w": (16, 8), "norm": (16,)}
+    shapes = {name: jax.ShapeDtypeStruct(size, jnp.float32) for name, size in sizes.items()}
     axes = {"params": {"w": ("embed", "mlp"), "norm": ("norm",)}, "stats": {}}
     zeros = lambda key: {"params": jax.tree.map(lambda s: jnp.zeros(s.shape), shapes), "stats": {}}  # noqa: E731
     tx = optim.make(shapes, name="adafactor", lr=lambda s: jnp.float32(0), min_factored=4)
