@@ -8,6 +8,7 @@ value that a run depended on.
 from __future__ import annotations
 
 import ast
+import collections.abc
 import dataclasses
 import inspect
 import typing
@@ -43,7 +44,7 @@ def _accepts(value: Any, hint: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if origin in (bool, str, dict):
         return isinstance(value, origin)
-    if origin is tuple:
+    if origin in (tuple, collections.abc.Sequence):
         return isinstance(value, (tuple, list))
     args = typing.get_args(hint)
     if args and origin is not typing.Literal:

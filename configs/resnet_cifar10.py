@@ -37,6 +37,6 @@ def get_config(arg="20"):
         name="tfds_images", dataset="cifar10", train="train", test="test", size=32, channels=3, pad_crop=4,
         flip=True, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616),
     )  # fmt: skip
-    config.eval = dict(every=2000, batch_size=250)
+    config.eval = dict(every=2000, batch_size=256)
     config.checkpoint = dict(every=4000)
     return config

@@ -35,17 +35,17 @@ PARAMETERS = {
     "resnet_cifar10.py:plain56": 853_018,
     "resnet_cifar10.py:plain110": 1_727_962,
 }
-MICROBATCH = ["--config.microbatch=0", "--config.batch_size=8", "--config.eval.batch_size=8"]
+SMALL = ["--config.microbatch=0", "--config.batch_size=64", "--config.eval.batch_size=64"]
 
 
 @pytest.mark.parametrize("name", sorted(PARAMETERS))
 def test_full_scale_configs_lower_on_eight_devices(name):
     config = experiment.read(str(ROOT / "configs" / name))
     fsdp = ["--config.mesh.data=1", "--config.mesh.fsdp=4", "--config.mesh.tensor=2"]
-    exp = experiment.build(experiment.resolve(config, [*MICROBATCH, *fsdp]), load=False)
+    exp = experiment.build(experiment.resolve(config, [*SMALL, *fsdp]), load=False)
     programs = Programs(exp)
     assert tree.count(programs.state["params"]) == PARAMETERS[name]
-    text = programs.lower_step(8).as_text()
+    text = programs.lower_step(64).as_text()
     assert "sdy.sharding" in text or "mhlo.sharding" in text
     if config["model"].get("dtype") == "bfloat16" and config["model"]["name"] != "resnet":
         products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
