@@ -10,6 +10,7 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -154,8 +155,19 @@ def test_same_numbers_in_double_precision(family, layout, accumulation, x64):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_same_numbers_in_single_precision(family):
-    got = program(family, "float32", ALL, 4).run(batch_of(family))
-    assert worst(reference(family, "float32"), got) < 1e-5
+    runs = [reference(family, "float32"), program(family, "float32", ALL, 4).run(batch_of(family))]
+    assert worst(*(without_zero_gradients(run) for run in runs)) < 1e-5
+
+
+def without_zero_gradients(run):
+    """Softmax does not see a bias of the keys: its gradient is 0 and what is computed is rounding
+    (5e-12 beside 0.2 here). In single precision it is held to that instead of to a relative error.
+    """
+    flat = trees.flatten(run["gradients"])
+    largest = max(np.abs(leaf).max() for leaf in flat.values())
+    for path in [p for p in flat if p.endswith("k_bias")]:
+        assert np.abs(flat.pop(path)).max() < 1e-8 * largest
+    return run | {"gradients": trees.unflatten(flat)}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -174,7 +186,7 @@ def test_control_mean_of_microbatch_means_is_seen(x64):
     def sums(apply, variables, part, rngs, train):
         terms, metrics, updates = own(apply, variables, part, rngs, train)
         weight = own.weights(part)["loss"]
-        return {"loss": terms["loss"] / np.maximum(weight, 1) / 4}, metrics, updates
+        return {"loss": terms["loss"] / jnp.maximum(weight, 1) / 4}, metrics, updates
 
     wrong = objectives.Objective(lambda batch: {"loss": np.float64(1.0)}, sums)
     got = Program("decoder", "float64", ONE, 4, wrong).run(batch_of("decoder"))
