@@ -347,8 +347,22 @@ def build(
                 f"objective '{config['objective']['name']}' is not a sum over examples, so microbatch "
                 f"must be 0 or {size}"
             )
+        _check_groups(config["model"], *experiment.cut(size))
     check_batch(config["eval"]["batch_size"], 0, mesh)
     return experiment
+
+
+def _check_groups(model: Mapping[str, Any], accumulation: int, rows: int) -> None:
+    """Batch norm needs fixed groups of rows before a batch may be cut into microbatches."""
+    group = model.get("bn_group", 0) if model.get("norm") == "batch" else 0
+    if model.get("norm") == "batch" and group == 0 and accumulation > 1:
+        raise InputError(
+            f"model.bn_group 0 normalises over a whole microbatch, so {accumulation} microbatches would be "
+            f"another model; set model.bn_group to a divisor of {rows}, or microbatch to 0"
+        )
+    if group and rows % group:
+        legal = [d for d in range(1, rows + 1) if rows % d == 0]
+        raise InputError(f"model.bn_group {group} does not divide the {rows} rows of a microbatch; legal: {legal}")
 
 
 def _check_sizes(run: Run, config: Mapping[str, Any]) -> None:

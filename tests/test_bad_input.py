@@ -102,6 +102,13 @@ CASES = {
     "group": (lambda h, s: {}, ["--config.optimizer.groups=(('embed',{}),)"], ["layers/attn"]),
     "optimizer": (lambda h, s: {}, ["--config.optimizer.name=adamm"], ["adamw"]),
     "typo": (lambda h, s: {}, ["--config.optimizer.weight_dcay=1"], ["did you mean 'weight_decay'?"]),
+    "batch norm groups": (
+        lambda h, s: tiny.raw("resnet", h), ["--config.model.bn_group=3"], ["bn_group 3", "legal: [1, 2, 4, 8]"],
+    ),
+    "batch norm and accumulation": (
+        lambda h, s: tiny.raw("resnet", h) | {"batch_size": 16, "microbatch": 8},
+        ["--config.model.bn_group=0"], ["bn_group", "microbatch to 0"],
+    ),
     "init_from nothing": (lambda h, s: {}, ["--config.init_from.path=/nonexistent"], ["/nonexistent"]),
     "unknown device": (lambda h, s: {}, ["--config.runtime.platform=tpu"], ["tpu", "cpu"]),
 }  # fmt: skip
