@@ -7,7 +7,7 @@ V vocab, N layers. Layers are stacked: their parameters are "layers/..." with a 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,262 +16,12 @@ import numpy as np
 
 from bigmodel_jax.errors import InputError
 from bigmodel_jax.models import layers as ops
-from bigmodel_jax.models.attention import BACKENDS, attention
+from bigmodel_jax.models.block import Block, Context, bias, norm, norm_parameters, weight
 from bigmodel_jax.models.masks import Mask
 from bigmodel_jax.models.model import Model, Output
-from bigmodel_jax.models.positions import rotary_table, rotate, sinusoidal
+from bigmodel_jax.models.positions import rotary_table, sinusoidal
+from bigmodel_jax.models.spec import REMAT, Spec
 from bigmodel_jax.parallel.rules import constrain
-
-POSITIONS = ("learned", "sinusoidal", "rotary", "alibi", "none")
-PLACEMENTS = ("pre", "post", "sandwich")
-RESIDUALS = ("sequential", "parallel")
-DTYPES = ("float32", "bfloat16", "float16", "float64")
-
-_SAVE = jax.checkpoint_policies
-# What the backward pass finds stored instead of recomputing, from most memory to least.
-REMAT = {
-    "none": None,  # no rematerialisation: every intermediate that a derivative needs
-    "dots": _SAVE.dots_saveable,  # results of all matmuls, attention scores included
-    "minimal": _SAVE.save_from_both_policies(  # results of weight matmuls, and attention's
-        _SAVE.dots_with_no_batch_dims_saveable,
-        _SAVE.save_only_these_names("attention", "attention_lse"),
-    ),
-    "attention": _SAVE.save_only_these_names("attention", "attention_lse"),  # attention's alone
-    "full": _SAVE.nothing_saveable,  # each layer's input alone
-}
-# Sites of dropout inside a layer; a row's key is folded with the layer, then with the site.
-SITE_ATTENTION, SITE_ATTENTION_OUT, SITE_MLP_OUT = 0, 1, 2
-
-
-@dataclass(frozen=True)
-class Spec:
-    """Options of `decoder` and `encoder`, checked; documented there."""
-
-    causal: bool
-    vocab_size: int
-    num_layers: int
-    embed_dim: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    mlp_dim: int
-    max_length: int
-    positions: str
-    rope_theta: float
-    rope_fraction: float
-    norm: str
-    norm_eps: float
-    norm_bias: bool
-    norm_placement: str
-    embed_norm: bool
-    activation: str
-    bias: bool
-    residual: str
-    qk_norm: bool
-    window: int
-    attention_softcap: float
-    final_softcap: float
-    tied_embeddings: bool
-    head_bias: bool
-    embed_scale: float
-    token_types: int
-    mlm_head: bool
-    dropout: float
-    attention_dropout: float
-    embed_dropout: float
-    init: str
-    init_std: float
-    depth_scaled_init: bool
-    attention: str
-    unroll: int
-    remat: str
-    dtype: str
-    param_dtype: str
-
-    def __post_init__(self) -> None:
-        for option, legal in (
-            ("positions", POSITIONS), ("norm", tuple(ops.NORMS)), ("norm_placement", PLACEMENTS),
-            ("activation", tuple(ops.ACTIVATIONS)), ("residual", RESIDUALS), ("init", ops.INITS),
-            ("attention", ("auto", *BACKENDS)), ("remat", tuple(REMAT)),
-            ("dtype", DTYPES), ("param_dtype", DTYPES),
-        ):  # fmt: skip
-            ops.one_of(option, getattr(self, option), legal)
-        for option in ("vocab_size", "num_layers", "embed_dim", "num_heads", "mlp_dim", "max_length", "unroll"):
-            if getattr(self, option) < 1:
-                raise InputError(f"{option}={getattr(self, option)} must be at least 1")
-        for option in ("dropout", "attention_dropout", "embed_dropout"):
-            if not 0.0 <= getattr(self, option) < 1.0:
-                raise InputError(f"{option}={getattr(self, option)} must be in [0, 1)")
-        if self.num_heads % self.num_kv_heads:
-            legal = [d for d in range(1, self.num_heads + 1) if self.num_heads % d == 0]
-            raise InputError(
-                f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}; legal: {legal}"
-            )
-        if self.norm_placement == "post" and self.residual == "parallel":
-            raise InputError("residual='parallel' has no post-norm form; norm_placement: pre or sandwich")
-        if self.positions == "rotary" and self.rotary_dim < 2:
-            raise InputError(f"rotary positions need head_dim * rope_fraction >= 2, not {self.rotary_dim}")
-
-    @property
-    def rotary_dim(self) -> int:
-        return int(self.head_dim * self.rope_fraction) // 2 * 2
-
-
-class Context(NamedTuple):
-    """What every layer is told, besides its input."""
-
-    mask: Mask
-    rope: tuple[jax.Array, jax.Array] | None
-    dropout_keys: jax.Array | None
-    length: jax.Array | None  # tokens a cache already holds, [B]
-
-
-def _weight(module: nn.Module, name: str, shape, axes, fan_in: int, spec: Spec, scale: float = 1.0):
-    init = ops.initializer(spec.init, spec.init_std, fan_in, scale)
-    param = module.param(name, nn.with_partitioning(init, axes), shape, jnp.dtype(spec.param_dtype))
-    return param.astype(spec.dtype)
-
-
-def _bias(module: nn.Module, name: str, shape, axes, spec: Spec):
-    init = nn.with_partitioning(nn.initializers.zeros, axes)
-    return module.param(name, init, shape, jnp.dtype(spec.param_dtype)).astype(spec.dtype)
-
-
-def _norm_parameters(spec: Spec, name: str, size: int):
-    return ops.NormParameters(spec.norm_bias, jnp.dtype(spec.param_dtype), name=name)(size)
-
-
-def _norm(spec: Spec, name: str, x: jax.Array) -> jax.Array:
-    return ops.NORMS[spec.norm](x, *_norm_parameters(spec, name, x.shape[-1]), eps=spec.norm_eps)
-
-
-def _out_scale(spec: Spec) -> float:
-    # GPT-2 (Radford et al. 2019, section 2.3): 2 N layers add into the residual stream.
-    return (2 * spec.num_layers) ** -0.5 if spec.depth_scaled_init else 1.0
-
-
-class Attention(nn.Module):
-    """Multi-head attention with its projections; appends to a cache where one is given."""
-
-    spec: Spec
-
-    @nn.compact
-    def __call__(self, x: jax.Array, context: Context, number: jax.Array, cache: Any):
-        spec, heads = self.spec, ("batch", "length", "heads", "head_dim")
-        q = constrain(self._project("q", x, spec.num_heads, "heads"), heads)
-        k = constrain(self._project("k", x, spec.num_kv_heads, "kv_heads"), ("batch", "length", "kv_heads", "head_dim"))
-        v = constrain(self._project("v", x, spec.num_kv_heads, "kv_heads"), ("batch", "length", "kv_heads", "head_dim"))
-        if spec.qk_norm:
-            q, k = _norm(spec, "norm_q", q), _norm(spec, "norm_k", k)
-        if context.rope is not None:
-            q, k = rotate(q, *context.rope), rotate(k, *context.rope)
-        if cache is not None:
-            cache, k, v = _append(cache, k, v, number, context.length)
-        y = attention(
-            q, k, v, context.mask,
-            backend=spec.attention,
-            softcap=spec.attention_softcap,
-            alibi=spec.positions == "alibi",
-            dropout=spec.attention_dropout,
-            dropout_keys=ops.fold(context.dropout_keys, SITE_ATTENTION),
-        )  # fmt: skip
-        y = constrain(y, heads)
-        shape = (spec.num_heads, spec.head_dim, spec.embed_dim)
-        fan_in = spec.num_heads * spec.head_dim
-        w = _weight(self, "out", shape, ("heads", "head_dim", "embed"), fan_in, spec, _out_scale(spec))
-        y = jnp.einsum("blhk,hkd->bld", y, w)
-        if spec.bias:
-            y = y + _bias(self, "out_bias", (spec.embed_dim,), ("norm",), spec)
-        return y, cache
-
-    @nn.nowrap
-    def _project(self, name: str, x: jax.Array, heads: int, axis: str) -> jax.Array:
-        spec = self.spec
-        shape = (spec.embed_dim, heads, spec.head_dim)
-        w = _weight(self, name, shape, ("embed", axis, "head_dim"), spec.embed_dim, spec)
-        y = jnp.einsum("bld,dhk->blhk", x, w)
-        if spec.bias:
-            y = y + _bias(self, f"{name}_bias", shape[1:], (axis, "head_dim"), spec)
-        return y
-
-
-def _append(cache: dict[str, jax.Array], k: jax.Array, v: jax.Array, number: jax.Array, length: jax.Array):
-    """Write new keys and values [B, L, G, K] of layer `number` behind `length` [B] held ones."""
-    rows = jnp.arange(k.shape[0])[:, None]
-    slots = length[:, None] + jnp.arange(k.shape[1])
-    held = {
-        name: cache[name].at[number, rows, slots].set(new.astype(cache[name].dtype), mode="drop")
-        for name, new in (("k", k), ("v", v))
-    }
-    k, v = (held[name][number].astype(k.dtype) for name in ("k", "v"))
-    return held, k, v
-
-
-class Mlp(nn.Module):
-    """Feed-forward layer, gated or not."""
-
-    spec: Spec
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        spec = self.spec
-        fn, gated = ops.ACTIVATIONS[spec.activation]
-        if gated:
-            h = fn(self._in("gate", x)) * self._in("up", x)
-        else:
-            h = fn(self._in("in", x))
-        h = constrain(h, ("batch", "length", "mlp"))
-        shape = (spec.mlp_dim, spec.embed_dim)
-        w = _weight(self, "out", shape, ("mlp", "embed"), spec.mlp_dim, spec, _out_scale(spec))
-        y = jnp.einsum("blf,fd->bld", h, w)
-        if spec.bias:
-            y = y + _bias(self, "out_bias", (spec.embed_dim,), ("norm",), spec)
-        return y
-
-    @nn.nowrap
-    def _in(self, name: str, x: jax.Array) -> jax.Array:
-        spec = self.spec
-        shape = (spec.embed_dim, spec.mlp_dim)
-        h = jnp.einsum("bld,df->blf", x, _weight(self, name, shape, ("embed", "mlp"), spec.embed_dim, spec))
-        if spec.bias:
-            h = h + _bias(self, f"{name}_bias", (spec.mlp_dim,), ("mlp",), spec)
-        return h
-
-
-class Block(nn.Module):
-    """One layer: attention and feed-forward around the residual stream x [B, L, D]."""
-
-    spec: Spec
-
-    @nn.compact
-    def __call__(self, carry, number: jax.Array, context: Context):
-        spec = self.spec
-        x, cache = carry
-        keys = ops.fold(context.dropout_keys, number)
-        context = context._replace(dropout_keys=keys)
-        pre, post = spec.norm_placement != "post", spec.norm_placement == "sandwich"
-
-        def before(y: jax.Array, name: str) -> jax.Array:
-            return _norm(spec, name, y) if pre else y
-
-        def after(y: jax.Array, name: str, site: int) -> jax.Array:
-            y = _norm(spec, f"{name}_post", y) if post else y
-            return ops.dropout(y, ops.fold(keys, site), spec.dropout)
-
-        def joined(y: jax.Array, name: str) -> jax.Array:
-            y = y if pre else _norm(spec, name, y)
-            return constrain(y, ("batch", "length", "embed_act"))
-
-        y, cache = Attention(spec, name="attn")(before(x, "norm_attn"), context, number, cache)
-        y = after(y, "norm_attn", SITE_ATTENTION_OUT)
-        if spec.residual == "parallel":
-            z = Mlp(spec, name="mlp")(before(x, "norm_mlp"))
-            x = joined(x + y + after(z, "norm_mlp", SITE_MLP_OUT), "")
-        else:
-            x = joined(x + y, "norm_attn")
-            z = Mlp(spec, name="mlp")(before(x, "norm_mlp"))
-            x = joined(x + after(z, "norm_mlp", SITE_MLP_OUT), "norm_mlp")
-        return (x, cache), None
 
 
 @dataclass(frozen=True)
@@ -305,20 +55,20 @@ class Embed(nn.Module):
     @nn.compact
     def __call__(self, tokens: jax.Array, positions: jax.Array, token_types: jax.Array | None):
         spec, dim = self.spec, self.spec.embed_dim
-        table = _weight(self, "tokens", (spec.vocab_size, dim), ("vocab", "embed"), dim, spec)
+        table = weight(self, "tokens", (spec.vocab_size, dim), ("vocab", "embed"), dim, spec)
         x = jnp.take(table, tokens, axis=0)
         if spec.embed_scale != 1.0:
             x = x * jnp.asarray(spec.embed_scale, x.dtype)
         if spec.positions == "learned":
-            where = _weight(self, "positions", (spec.max_length, dim), ("positions", "embed"), dim, spec)
+            where = weight(self, "positions", (spec.max_length, dim), ("positions", "embed"), dim, spec)
             x = x + jnp.take(where, positions, axis=0)
         elif spec.positions == "sinusoidal":
             x = x + sinusoidal(positions, dim, ops.wide(x.dtype)).astype(x.dtype)
         if spec.token_types:
-            types = _weight(self, "types", (spec.token_types, dim), (None, "embed"), dim, spec)
+            types = weight(self, "types", (spec.token_types, dim), (None, "embed"), dim, spec)
             x = x + jnp.take(types, jnp.zeros_like(tokens) if token_types is None else token_types, axis=0)
         if spec.embed_norm:
-            x = _norm(spec, "norm", x)
+            x = norm(spec, "norm", x)
         return x, table
 
 
@@ -333,13 +83,13 @@ class Head(nn.Module):
         arrays: dict[str, Any] = {"kernel": table}
         if not spec.tied_embeddings:
             shape = (dim, spec.vocab_size)
-            arrays["kernel"] = _weight(self, "kernel", shape, ("embed", "vocab"), dim, spec)
+            arrays["kernel"] = weight(self, "kernel", shape, ("embed", "vocab"), dim, spec)
         if spec.mlm_head:
-            arrays["dense"] = _weight(self, "dense", (dim, dim), ("embed", None), dim, spec)
-            arrays["dense_bias"] = _bias(self, "dense_bias", (dim,), ("norm",), spec)
-            arrays["norm"] = _norm_parameters(spec, "norm", dim)
+            arrays["dense"] = weight(self, "dense", (dim, dim), ("embed", None), dim, spec)
+            arrays["dense_bias"] = bias(self, "dense_bias", (dim,), ("norm",), spec)
+            arrays["norm"] = norm_parameters(spec, "norm", dim)
         if spec.head_bias:
-            arrays["bias"] = _bias(self, "bias", (spec.vocab_size,), ("vocab",), spec)
+            arrays["bias"] = bias(self, "bias", (spec.vocab_size,), ("vocab",), spec)
         return jax.tree_util.Partial(Logits(spec), arrays)
 
 
@@ -379,7 +129,7 @@ class Transformer(nn.Module):
         held = None if cache is None else {name: cache[name] for name in ("k", "v")}
         (x, held), _ = _stack(spec)((x, held), jnp.arange(spec.num_layers), Context(mask, rope, keys, length))
         if spec.norm_placement != "post":
-            x = _norm(spec, "norm_final", x)
+            x = norm(spec, "norm_final", x)
         if cache is not None:
             held["length"] = length + tokens.shape[1]
         return Output(x, Head(spec, name="head")(table), held)
@@ -480,7 +230,7 @@ def decoder(
     depth_scaled_init: bool = True,
     attention: str = "auto",
     unroll: int = 1,
-    remat: str = "none",
+    remat: str = "minimal",
     dtype: str = "float32",
     param_dtype: str = "float32",
 ) -> Model:
@@ -552,7 +302,7 @@ def encoder(
     depth_scaled_init: bool = False,
     attention: str = "auto",
     unroll: int = 1,
-    remat: str = "none",
+    remat: str = "minimal",
     dtype: str = "float32",
     param_dtype: str = "float32",
 ) -> Model:

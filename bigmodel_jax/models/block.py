@@ -1,0 +1,180 @@
+"""One Transformer layer (Vaswani et al. 2017), from which decoder and encoder are stacked.
+
+Shapes: B batch, L length, M memory length, D model, H heads, G key-value groups, K head dim, F ffn,
+V vocab, N layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from bigmodel_jax.models import layers as ops
+from bigmodel_jax.models.attention import attention
+from bigmodel_jax.models.masks import Mask
+from bigmodel_jax.models.positions import rotate
+from bigmodel_jax.models.spec import Spec
+from bigmodel_jax.parallel.rules import constrain
+
+# Sites of dropout inside a layer; a row's key is folded with the layer, then with the site.
+SITE_ATTENTION, SITE_ATTENTION_OUT, SITE_MLP_OUT = 0, 1, 2
+
+
+class Context(NamedTuple):
+    """What every layer is told, besides its input."""
+
+    mask: Mask
+    rope: tuple[jax.Array, jax.Array] | None
+    dropout_keys: jax.Array | None
+    length: jax.Array | None  # tokens a cache already holds, [B]
+
+
+def weight(module: nn.Module, name: str, shape, axes, fan_in: int, spec: Spec, scale: float = 1.0):
+    init = ops.initializer(spec.init, spec.init_std, fan_in, scale)
+    param = module.param(name, nn.with_partitioning(init, axes), shape, jnp.dtype(spec.param_dtype))
+    return param.astype(spec.dtype)
+
+
+def bias(module: nn.Module, name: str, shape, axes, spec: Spec):
+    init = nn.with_partitioning(nn.initializers.zeros, axes)
+    return module.param(name, init, shape, jnp.dtype(spec.param_dtype)).astype(spec.dtype)
+
+
+def norm_parameters(spec: Spec, name: str, size: int):
+    return ops.NormParameters(spec.norm_bias, jnp.dtype(spec.param_dtype), name=name)(size)
+
+
+def norm(spec: Spec, name: str, x: jax.Array) -> jax.Array:
+    return ops.NORMS[spec.norm](x, *norm_parameters(spec, name, x.shape[-1]), eps=spec.norm_eps)
+
+
+def _out_scale(spec: Spec) -> float:
+    # GPT-2 (Radford et al. 2019, section 2.3): 2 N layers add into the residual stream.
+    return (2 * spec.num_layers) ** -0.5 if spec.depth_scaled_init else 1.0
+
+
+class Attention(nn.Module):
+    """Multi-head attention with its projections; appends to a cache where one is given."""
+
+    spec: Spec
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: Context, number: jax.Array, cache: Any):
+        spec, heads = self.spec, ("batch", "length", "heads", "head_dim")
+        q = constrain(self._project("q", x, spec.num_heads, "heads"), heads)
+        k = constrain(self._project("k", x, spec.num_kv_heads, "kv_heads"), ("batch", "length", "kv_heads", "head_dim"))
+        v = constrain(self._project("v", x, spec.num_kv_heads, "kv_heads"), ("batch", "length", "kv_heads", "head_dim"))
+        if spec.qk_norm:
+            q, k = norm(spec, "norm_q", q), norm(spec, "norm_k", k)
+        if context.rope is not None:
+            q, k = rotate(q, *context.rope), rotate(k, *context.rope)
+        if cache is not None:
+            cache, k, v = _append(cache, k, v, number, context.length)
+        y = attention(
+            q, k, v, context.mask,
+            backend=spec.attention,
+            softcap=spec.attention_softcap,
+            alibi=spec.positions == "alibi",
+            dropout=spec.attention_dropout,
+            dropout_keys=ops.fold(context.dropout_keys, SITE_ATTENTION),
+        )  # fmt: skip
+        y = constrain(y, heads)
+        shape = (spec.num_heads, spec.head_dim, spec.embed_dim)
+        fan_in = spec.num_heads * spec.head_dim
+        w = weight(self, "out", shape, ("heads", "head_dim", "embed"), fan_in, spec, _out_scale(spec))
+        y = jnp.einsum("blhk,hkd->bld", y, w)
+        if spec.bias:
+            y = y + bias(self, "out_bias", (spec.embed_dim,), ("norm",), spec)
+        return y, cache
+
+    @nn.nowrap
+    def _project(self, name: str, x: jax.Array, heads: int, axis: str) -> jax.Array:
+        spec = self.spec
+        shape = (spec.embed_dim, heads, spec.head_dim)
+        w = weight(self, name, shape, ("embed", axis, "head_dim"), spec.embed_dim, spec)
+        y = jnp.einsum("bld,dhk->blhk", x, w)
+        if spec.bias:
+            y = y + bias(self, f"{name}_bias", shape[1:], (axis, "head_dim"), spec)
+        return y
+
+
+def _append(cache: dict[str, jax.Array], k: jax.Array, v: jax.Array, number: jax.Array, length: jax.Array):
+    """Write new keys and values [B, L, G, K] of layer `number` behind `length` [B] held ones."""
+    rows = jnp.arange(k.shape[0])[:, None]
+    slots = length[:, None] + jnp.arange(k.shape[1])
+    held = {
+        name: cache[name].at[number, rows, slots].set(new.astype(cache[name].dtype), mode="drop")
+        for name, new in (("k", k), ("v", v))
+    }
+    k, v = (held[name][number].astype(k.dtype) for name in ("k", "v"))
+    return held, k, v
+
+
+class Mlp(nn.Module):
+    """Feed-forward layer, gated or not."""
+
+    spec: Spec
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        spec = self.spec
+        fn, gated = ops.ACTIVATIONS[spec.activation]
+        if gated:
+            h = fn(self._in("gate", x)) * self._in("up", x)
+        else:
+            h = fn(self._in("in", x))
+        h = constrain(h, ("batch", "length", "mlp"))
+        shape = (spec.mlp_dim, spec.embed_dim)
+        w = weight(self, "out", shape, ("mlp", "embed"), spec.mlp_dim, spec, _out_scale(spec))
+        y = jnp.einsum("blf,fd->bld", h, w)
+        if spec.bias:
+            y = y + bias(self, "out_bias", (spec.embed_dim,), ("norm",), spec)
+        return y
+
+    @nn.nowrap
+    def _in(self, name: str, x: jax.Array) -> jax.Array:
+        spec = self.spec
+        shape = (spec.embed_dim, spec.mlp_dim)
+        h = jnp.einsum("bld,df->blf", x, weight(self, name, shape, ("embed", "mlp"), spec.embed_dim, spec))
+        if spec.bias:
+            h = h + bias(self, f"{name}_bias", (spec.mlp_dim,), ("mlp",), spec)
+        return h
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward around the residual stream x [B, L, D]."""
+
+    spec: Spec
+
+    @nn.compact
+    def __call__(self, carry, number: jax.Array, context: Context):
+        spec = self.spec
+        x, cache = carry
+        keys = ops.fold(context.dropout_keys, number)
+        context = context._replace(dropout_keys=keys)
+        pre, post = spec.norm_placement != "post", spec.norm_placement == "sandwich"
+
+        def before(y: jax.Array, name: str) -> jax.Array:
+            return norm(spec, name, y) if pre else y
+
+        def after(y: jax.Array, name: str, site: int) -> jax.Array:
+            y = norm(spec, f"{name}_post", y) if post else y
+            return ops.dropout(y, ops.fold(keys, site), spec.dropout)
+
+        def joined(y: jax.Array, name: str) -> jax.Array:
+            y = y if pre else norm(spec, name, y)
+            return constrain(y, ("batch", "length", "embed_act"))
+
+        y, cache = Attention(spec, name="attn")(before(x, "norm_attn"), context, number, cache)
+        y = after(y, "norm_attn", SITE_ATTENTION_OUT)
+        if spec.residual == "parallel":
+            z = Mlp(spec, name="mlp")(before(x, "norm_mlp"))
+            x = joined(x + y + after(z, "norm_mlp", SITE_MLP_OUT), "")
+        else:
+            x = joined(x + y, "norm_attn")
+            z = Mlp(spec, name="mlp")(before(x, "norm_mlp"))
+            x = joined(x + after(z, "norm_mlp", SITE_MLP_OUT), "norm_mlp")
+        return (x, cache), None
