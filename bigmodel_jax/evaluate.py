@@ -29,6 +29,11 @@ def means(sums: Sums, coefficients: Mapping[str, float]) -> dict[str, float]:
     return out
 
 
+def spec(pipeline: Pipeline) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """{field: (shape of one row, dtype)} of an evaluation batch; reads one row."""
+    return {name: (leaf.shape[1:], leaf.dtype) for name, leaf in pipeline.batch(0, [0]).items()}
+
+
 def evaluate(
     step: Callable[[Any, Any], Any],
     state: Any,

@@ -14,7 +14,7 @@ from bigmodel_jax import schema, workdir as workdirs
 from bigmodel_jax.checkpoint import Checkpointer
 from bigmodel_jax.data.prepare import prepare
 from bigmodel_jax.errors import InputError
-from bigmodel_jax.evaluate import evaluate
+from bigmodel_jax.evaluate import evaluate, spec
 from bigmodel_jax.experiment import Experiment
 from bigmodel_jax.generate import generate
 from bigmodel_jax.programs import Programs, set_up_process
@@ -49,7 +49,7 @@ def evaluate_run(path: str, overrides: Sequence[str], step: int | None = None) -
     settings = exp.section("eval")
     results = {
         name: evaluate(
-            programs.evaluate, state, pipeline, programs.eval_sharding, settings.batch_size,
+            programs.evaluate(name, settings.batch_size, spec(pipeline)), state, pipeline, programs.eval_sharding, settings.batch_size,
             coefficients=exp.objective.coefficients, batches=settings.batches,
         )
         for name, pipeline in exp.data.evals.items()

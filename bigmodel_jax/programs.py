@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,23 @@ class Programs:
         )  # fmt: skip
         self.batch_sharding = batch_sharding(exp.mesh)
         self.eval_sharding = batch_sharding(exp.mesh, accumulated=False)
-        self._compiled: dict[int, Any] = {}
+        self._started: dict[Any, Future] = {}
         self.compilations = 0
+
+    def begin(self, sizes: tuple[int, ...], evals: dict[str, Any]) -> None:
+        """Start compiling what a run will need, in the background: XLA leaves the interpreter lock,
+        so that the step is compiled while parameters are made and data is opened.
+
+        Args:
+          sizes: global batch sizes of train steps.
+          evals: {name: (rows, spec)} of evaluation batches.
+        """
+        pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="compile")
+        for size in sizes:
+            self._started[size] = pool.submit(self._compile_step, size)
+        for name, (rows, spec) in evals.items():
+            self._started[name] = pool.submit(lambda r=rows, s=spec: self.lower_evaluate(r, s).compile())
+        pool.shutdown(wait=False)
 
     def init(self, key: jax.Array) -> Any:
         """The initial state, each leaf made where it lives."""
@@ -118,31 +134,35 @@ class Programs:
         batch = abstract_batch(exp.spec, self.batch_sharding, exp.cut(batch_size))
         return steps.jit_train_step(fn, self.shardings, exp.mesh).lower(self.state, batch, jax.random.key(0))
 
+    def _compile_step(self, batch_size: int) -> Any:
+        compiled = self.lower_step(batch_size).compile()
+        self.compilations += 1
+        return compiled
+
     def ready(self, batch_size: int) -> bool:
-        """Whether `step(batch_size)` is compiled."""
-        return batch_size in self._compiled
+        """Whether `step(batch_size)` is compiled and costs nothing now."""
+        return batch_size in self._started and self._started[batch_size].done()
 
     def step(self, batch_size: int) -> Any:
         """The compiled train step: (state, batch, key) -> (state, metrics). Donates the state."""
-        if batch_size not in self._compiled:
-            self._compiled[batch_size] = self.lower_step(batch_size).compile()
-            self.compilations += 1
-        return self._compiled[batch_size]
+        if batch_size not in self._started:
+            self._started[batch_size] = Future()
+            self._started[batch_size].set_result(self._compile_step(batch_size))
+        return self._started[batch_size].result()
 
     def lower_evaluate(self, rows: int, spec: Any) -> Any:
-        """The evaluation step for batches of `rows`, lowered."""
+        """The evaluation step for batches of `rows` with the fields of `spec`, lowered."""
         exp = self.exp
         fn = steps.make_eval_step(exp.model.apply, exp.objective, mesh=exp.mesh, ema=self.ema > 0)
         batch = abstract_batch(spec, self.eval_sharding, (rows,))
         return steps.jit_eval_step(fn, self.shardings, exp.mesh).lower(self.state, batch)
 
-    @functools.cached_property
-    def evaluate(self) -> Any:
-        """(state, batch) -> {metric: (sum, weight)}; compiled at the first call."""
-        fn = steps.make_eval_step(
-            self.exp.model.apply, self.exp.objective, mesh=self.exp.mesh, ema=self.ema > 0
-        )
-        return steps.jit_eval_step(fn, self.shardings, self.exp.mesh)
+    def evaluate(self, name: str, rows: int, spec: Any) -> Any:
+        """The compiled evaluation of set `name`: (state, batch) -> {metric: (sum, weight)}."""
+        if name not in self._started:
+            self._started[name] = Future()
+            self._started[name].set_result(self.lower_evaluate(rows, spec).compile())
+        return self._started[name].result()
 
     def eval_variables(self, state: Any) -> dict[str, Any]:
         """Parameters to evaluate and sample with: the average where one is kept."""

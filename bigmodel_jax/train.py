@@ -19,13 +19,16 @@ from bigmodel_jax import tree, workdir as workdirs
 from bigmodel_jax.checkpoint import Checkpointer
 from bigmodel_jax.data.pipeline import Prefetch
 from bigmodel_jax.errors import NumericAbort, Preempted
-from bigmodel_jax.evaluate import evaluate
+from bigmodel_jax.evaluate import evaluate, spec
 from bigmodel_jax.experiment import Experiment
 from bigmodel_jax.metrics import Clock, Log
 from bigmodel_jax.parallel import hosts
 from bigmodel_jax.parallel.feed import global_batch
 from bigmodel_jax.programs import Programs, set_up_process
 from bigmodel_jax.screen import Screen
+
+# A large model may take this long to compile before the watchdog calls it stuck.
+COMPILE_GRACE_S = 3600.0
 
 
 def train(config: Mapping[str, Any], path: str, *, allow_config_change: bool = False) -> dict[str, Any]:
@@ -83,6 +86,8 @@ class _Run:
             Log(workdir, tensorboard=self.settings["log"].tensorboard, enabled=hosts.is_first())
         )
         clock.describe(**exp.work())
+        rows = self.settings["eval"].batch_size
+        self.evals = {name: (rows, spec(pipeline)) for name, pipeline in exp.data.evals.items()}
         self.key = jax.random.key(exp.run.seed)
         self.saved = -1
         self.pending: tuple[int, Any] | None = None
@@ -115,6 +120,8 @@ class _Run:
 
     def start(self) -> tuple[Any, int]:
         """State and next step: from the newest valid checkpoint, from `init_from`, or anew."""
+        self.watchdog.pat(grace_s=COMPILE_GRACE_S)
+        self.programs.begin(self.exp.batch_sizes(), self.evals)
         with self.clock.span("checkpoint"):
             found = self.checkpoints.restore(self.programs.state)
         if found is not None:
@@ -147,7 +154,7 @@ class _Run:
         size = self.exp.data.train.size(step)
         if not self.programs.ready(size):
             with self.clock.span("compile"):
-                self.watchdog.pat(grace_s=3600.0)
+                self.watchdog.pat(grace_s=COMPILE_GRACE_S)
                 for each in self.exp.batch_sizes():
                     self.programs.step(each)
                 self.clock.mark("first_step")
@@ -208,9 +215,9 @@ class _Run:
             for name, pipeline in self.exp.data.evals.items():
                 found = self.log.find(step, "eval", name)
                 if found is None:
-                    self.watchdog.pat(grace_s=3600.0)
+                    self.watchdog.pat(grace_s=COMPILE_GRACE_S)
                     found = evaluate(
-                        self.programs.evaluate, state, pipeline,
+                        self.programs.evaluate(name, *self.evals[name]), state, pipeline,
                         self.programs.eval_sharding, settings.batch_size,
                         coefficients=self.exp.objective.coefficients, batches=settings.batches,
                         stop=lambda: self.preemption.asked(step),
