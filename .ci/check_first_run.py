@@ -11,6 +11,6 @@ assert not missing, f"{run} lacks {missing}"
 assert list(run.rglob("events.out.tfevents.*")), "no TensorBoard events"
 bits = json.loads((run / "result.json").read_text())["eval"]["validation"]["bits_per_byte"]
 print(f"held-out bits per byte {bits:.3f}, {seconds} s")
-# gzip -9 takes 1.92 bits per byte on these files; within 5% of it is the promise.
-assert bits < 1.92 * 1.05, f"bits per byte {bits}"
+# gzip -9 takes 1.86 bits per byte on these files (benchmarks/text_baselines.py); 5% above it is the bar.
+assert bits < 1.86 * 1.05, f"bits per byte {bits}"
 assert seconds <= 120, f"the first run took {seconds} s"

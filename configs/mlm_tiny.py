@@ -1,6 +1,8 @@
 """Masked LM with a BERT encoder on the source code of Python's own standard library.
 
     bigmodel train --config configs/mlm_tiny.py --workdir runs/mlm
+
+15% of the tokens are predicted, 80/10/10; `--config.data.whole_words=True` masks whole words.
 """
 
 from ml_collections import ConfigDict
@@ -8,18 +10,20 @@ from ml_collections import ConfigDict
 
 def get_config(arg=None):
     config = ConfigDict()
-    config.steps = 300
+    config.steps = 500
     config.batch_size = 16
     config.model = dict(
-        name="encoder", num_layers=4, embed_dim=256, num_heads=4, max_length=128, dropout=0.0,
-        attention_dropout=0.0, embed_dropout=0.0, norm_placement="pre",
+        name="encoder", num_layers=4, embed_dim=128, num_heads=2, mlp_dim=512, max_length=128, token_types=0,
+        positions="rotary", norm_placement="pre", embed_norm=False, dropout=0.0, attention_dropout=0.0,
+        embed_dropout=0.0,
     )  # fmt: skip
     config.objective = dict(name="masked_lm")
-    config.optimizer = dict(name="adamw", lr=1e-3, weight_decay=0.01, clip=1.0)
-    config.schedule = dict(name="linear", warmup=30)
+    config.optimizer = dict(name="muon", lr=8e-3, clip=1.0)
+    config.schedule = dict(name="linear", warmup=20)
     config.data = dict(
-        name="masked_text", corpus="stdlib", tokenizer="bpe", vocab_size=2048, length=128, mode="stream"
-    )
+        name="masked_text", corpus="stdlib", tokenizer="bpe", vocab_size=2048, length=128,
+        validation_fraction=0.05,
+    )  # fmt: skip
     config.eval = dict(batch_size=16)
-    config.checkpoint = dict(every=100)
+    config.checkpoint = dict(every=250)
     return config
