@@ -85,7 +85,7 @@ class Attention(nn.Module):
         shape = (spec.num_heads, spec.head_dim, spec.embed_dim)
         fan_in = spec.num_heads * spec.head_dim
         w = weight(self, "out", shape, ("heads", "head_dim", "embed"), fan_in, spec, _out_scale(spec))
-        y = jnp.einsum("blhk,hkd->bld", y, w)
+        y = ops.project("blhk,hkd->bld", y, w)
         if spec.bias:
             y = y + bias(self, "out_bias", (spec.embed_dim,), ("norm",), spec)
         return y, cache
@@ -95,7 +95,7 @@ class Attention(nn.Module):
         spec = self.spec
         shape = (spec.embed_dim, heads, spec.head_dim)
         w = weight(self, name, shape, ("embed", axis, "head_dim"), spec.embed_dim, spec)
-        y = jnp.einsum("bld,dhk->blhk", x, w)
+        y = ops.project("bld,dhk->blhk", x, w)
         if spec.bias:
             y = y + bias(self, f"{name}_bias", shape[1:], (axis, "head_dim"), spec)
         return y
@@ -129,7 +129,7 @@ class Mlp(nn.Module):
         h = constrain(h, ("batch", "length", "mlp"))
         shape = (spec.mlp_dim, spec.embed_dim)
         w = weight(self, "out", shape, ("mlp", "embed"), spec.mlp_dim, spec, _out_scale(spec))
-        y = jnp.einsum("blf,fd->bld", h, w)
+        y = ops.project("blf,fd->bld", h, w)
         if spec.bias:
             y = y + bias(self, "out_bias", (spec.embed_dim,), ("norm",), spec)
         return y
@@ -138,7 +138,7 @@ class Mlp(nn.Module):
     def _in(self, name: str, x: jax.Array) -> jax.Array:
         spec = self.spec
         shape = (spec.embed_dim, spec.mlp_dim)
-        h = jnp.einsum("bld,df->blf", x, weight(self, name, shape, ("embed", "mlp"), spec.embed_dim, spec))
+        h = ops.project("bld,df->blf", x, weight(self, name, shape, ("embed", "mlp"), spec.embed_dim, spec))
         if spec.bias:
             h = h + bias(self, f"{name}_bias", (spec.mlp_dim,), ("mlp",), spec)
         return h

@@ -142,9 +142,10 @@ def _backward(rule: Rule, saved, d_out):
     ]
     kh, kt = jnp.swapaxes(k, 1, 2), jnp.transpose(k, (0, 2, 3, 1))
     vt = jnp.transpose(v, (0, 2, 3, 1))
-    dkt, dvt = jnp.zeros(kt.shape, high), jnp.zeros(vt.shape, high)
+    total = None
     dqs = []
-    for start, rows, count in bands(q.shape[1], block_rows()):
+    # Backwards: the last queries see most keys, so that their gradient is where the others add up.
+    for start, rows, count in reversed(bands(q.shape[1], block_rows())):
         lo, hi = mask.extent(start, rows * count, k.shape[1])
         if lo == hi:
             dqs.append(jnp.zeros((*rows_of[0].shape[:3], rows * count, q.shape[-1]), q.dtype))
@@ -154,15 +155,24 @@ def _backward(rule: Rule, saved, d_out):
         def block(carry, i0, rows=rows, lo=lo, hi=hi, cut=cut):
             tile = (i0, rows, lo, hi - lo)
             mine = [_cut(x, i0, rows) for x in rows_of]
-            dq, dkt, dvt = _gradient(mine, cut, mask, keys, rule, tile, k.shape[1])
-            return (carry[0] + dkt, carry[1] + dvt), dq
+            dq, *sums = _gradient(mine, cut, mask, keys, rule, tile, k.shape[1])
+            return _add(carry, sums), dq
 
-        sums, dq = _blocks(block, start, rows, count, (dkt[..., lo:hi], dvt[..., lo:hi]))
-        dkt, dvt = dkt.at[..., lo:hi].set(sums[0]), dvt.at[..., lo:hi].set(sums[1])
+        whole = total is None and (lo, hi) == (0, k.shape[1]) and count == 1
+        if total is None and not whole:
+            total = [jnp.zeros(x.shape, high) for x in (kt, vt)]
+        carry = None if whole else [x[..., lo:hi] for x in total]
+        sums, dq = _blocks(block, start, rows, count, carry)
+        total = sums if whole else [x.at[..., lo:hi].set(y) for x, y in zip(total, sums, strict=True)]
         dqs.append(dq)
-    dq = _heads_last(jnp.concatenate(dqs, axis=3))
+    dkt, dvt = total or [jnp.zeros(x.shape, high) for x in (kt, vt)]
+    dq = _heads_last(jnp.concatenate(dqs[::-1], axis=3))
     dk, dv = (jnp.transpose(x, (0, 3, 1, 2)).astype(k.dtype) for x in (dkt, dvt))
     return dq, dk, dv, None, None
+
+
+def _add(carry, new):
+    return new if carry is None else [a + b for a, b in zip(carry, new, strict=True)]
 
 
 def _gradient(mine, cut, mask: Mask, keys, rule: Rule, tile: Tile, memory: int):

@@ -14,6 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from bigmodel_jax.errors import InputError, nearest
+from bigmodel_jax.models import target
+
+
+# XLA:CPU adds scattered rows in a loop of some 20 us each: up to this many table rows a matmul wins.
+ONE_HOT_ROWS = 2048
 
 
 def wide(dtype: jnp.dtype) -> jnp.dtype:
@@ -71,6 +76,57 @@ ACTIVATIONS: dict[str, tuple[Callable[[jax.Array], jax.Array], bool]] = {
     "swiglu": (jax.nn.silu, True),
     "geglu": (gelu, True),
 }
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def project(letters: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """jnp.einsum(letters, x, w) of activations [B, L, ...] and a weight, e.g. "bld,df->blf".
+
+    The weight's gradient contracts B and L as one axis. Contracted as two, XLA:CPU first writes a
+    transposed copy of x, element by element: a quarter of a training step.
+    """
+    return jnp.einsum(letters, x, w)
+
+
+def _project_forward(letters, x, w):
+    # Not project(...): a remat policy does not see the matmul inside a nested custom_vjp.
+    return jnp.einsum(letters, x, w), (x, w)
+
+
+def _project_backward(letters, saved, g):
+    x, w = saved
+    (left, right), out = letters.split("->")[0].split(","), letters.split("->")[1]
+    dx = jnp.einsum(f"{out},{right}->{left}", g, w)
+    x, g = (y.reshape(-1, *y.shape[2:]) for y in (x, g))
+    return dx, jnp.einsum(f"z{left[2:]},z{out[2:]}->{right}", x, g)
+
+
+project.defvjp(_project_forward, _project_backward)
+
+
+@jax.custom_vjp
+def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """Rows ids [...] of table [V, D]; the gradient is summed in `wide`, whatever the table is."""
+    return jnp.take(table, ids, axis=0)
+
+
+def _lookup_forward(table, ids):
+    return lookup(table, ids), (table, ids)
+
+
+def _lookup_backward(saved, g):
+    table, ids = saved
+    rows, dim = table.shape
+    flat, g = ids.reshape(-1), g.reshape(-1, dim)
+    if rows <= ONE_HOT_ROWS and target.platform() == "cpu":
+        one_hot = (flat[:, None] == jnp.arange(rows)).astype(g.dtype)
+        dt = jnp.einsum("zv,zd->vd", one_hot, g, preferred_element_type=wide(g.dtype))
+    else:
+        dt = jnp.zeros(table.shape, wide(g.dtype)).at[flat].add(g.astype(wide(g.dtype)))
+    return dt.astype(table.dtype), None
+
+
+lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -53,20 +53,20 @@ class Embed(nn.Module):
     spec: Spec
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, positions: jax.Array, token_types: jax.Array | None):
+    def __call__(self, tokens: jax.Array, positions: jax.Array, plain: bool, token_types: jax.Array | None):
         spec, dim = self.spec, self.spec.embed_dim
         table = weight(self, "tokens", (spec.vocab_size, dim), ("vocab", "embed"), dim, spec)
-        x = jnp.take(table, tokens, axis=0)
+        x = ops.lookup(table, tokens)
         if spec.embed_scale != 1.0:
             x = x * jnp.asarray(spec.embed_scale, x.dtype)
         if spec.positions == "learned":
             where = weight(self, "positions", (spec.max_length, dim), ("positions", "embed"), dim, spec)
-            x = x + jnp.take(where, positions, axis=0)
+            x = x + (where[: tokens.shape[1]] if plain else ops.lookup(where, positions))
         elif spec.positions == "sinusoidal":
             x = x + sinusoidal(positions, dim, ops.wide(x.dtype)).astype(x.dtype)
         if spec.token_types:
             types = weight(self, "types", (spec.token_types, dim), (None, "embed"), dim, spec)
-            x = x + jnp.take(types, jnp.zeros_like(tokens) if token_types is None else token_types, axis=0)
+            x = x + (types[0] if token_types is None else ops.lookup(types, token_types))
         if spec.embed_norm:
             x = norm(spec, "norm", x)
         return x, table
@@ -115,9 +115,10 @@ class Transformer(nn.Module):
         _check_inputs(spec, tokens, cache, segments, prefix, token_types)
         keys = dropout_keys if train else None
         length = None if cache is None else cache["length"]
+        plain = positions is None and cache is None  # 0, 1, 2, ... in every row
         if positions is None:
             positions = jnp.arange(tokens.shape[1])[None] + (0 if length is None else length[:, None])
-        x, table = Embed(spec, name="embed")(tokens, positions, token_types)
+        x, table = Embed(spec, name="embed")(tokens, positions, plain, token_types)
         x = ops.dropout(x, ops.fold(keys, spec.num_layers), spec.embed_dropout)
         x = constrain(x, ("batch", "length", "embed_act"))
         mask = Mask(
