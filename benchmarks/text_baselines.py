@@ -59,7 +59,7 @@ def counts_accuracy(stream: np.ndarray, batches: list[dict[str, np.ndarray]]) ->
     """
     between, after, before = defaultdict(Counter), defaultdict(Counter), defaultdict(Counter)
     single = Counter(stream.tolist())
-    for left, token, right in zip(stream[:-2].tolist(), stream[1:-1].tolist(), stream[2:].tolist()):
+    for left, token, right in zip(stream[:-2].tolist(), stream[1:-1].tolist(), stream[2:].tolist(), strict=True):
         between[left, right][token] += 1
         after[left][token] += 1
         before[right][token] += 1

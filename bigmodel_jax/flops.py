@@ -10,7 +10,6 @@ not count.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
 # Dense peak TFLOP/s of one jax device: (regex of its kind in lower case, {dtype: rate}, source),
 # first match wins. Sparse rates are never used; "float32" is the plain rate, not TF32.
@@ -114,47 +113,3 @@ def transformer_training(**shape: float) -> float:
 def conv_forward(height: int, width: int, kernel: int, inputs: int, outputs: int, groups: int = 1) -> float:
     """Forward FLOPs of one square convolution with `height` x `width` outputs."""
     return 2.0 * height * width * kernel**2 * inputs * outputs / groups
-
-
-def _out(size: int, stride: int) -> int:
-    return -(-size // stride)
-
-
-def resnet_forward(
-    *,
-    blocks: Sequence[int],
-    bottleneck: bool,
-    size: int,
-    classes: int,
-    width: int = 64,
-    stem: str = "imagenet",
-    channels: int = 3,
-) -> float:
-    """Forward FLOPs per square image of a ResNet v1.5 (stride in the 3x3; He et al. 2015, table 1).
-
-    Args:
-      blocks: residual blocks per stage. bottleneck: 1x1-3x3-1x1 blocks with 4x expansion.
-      size: image side. width: channels of the first stage. stem: "imagenet" (7x7/2 and pooling) or
-        "cifar" (3x3, no pooling, option-A shortcuts without parameters).
-    """
-    side = _out(size, 2) if stem == "imagenet" else size
-    total = conv_forward(side, side, 7 if stem == "imagenet" else 3, channels, width)
-    side = _out(side, 2) if stem == "imagenet" else side
-    inputs = width
-    for stage, count in enumerate(blocks):
-        inner = width * 2**stage
-        outputs = inner * 4 if bottleneck else inner
-        for block in range(count):
-            stride = 2 if stage and not block else 1
-            after = _out(side, stride)
-            if bottleneck:
-                total += conv_forward(side, side, 1, inputs, inner)
-                total += conv_forward(after, after, 3, inner, inner)
-                total += conv_forward(after, after, 1, inner, outputs)
-            else:
-                total += conv_forward(after, after, 3, inputs, inner)
-                total += conv_forward(after, after, 3, inner, inner)
-            if stem == "imagenet" and (stride != 1 or inputs != outputs):
-                total += conv_forward(after, after, 1, inputs, outputs)
-            side, inputs = after, outputs
-    return total + 2.0 * inputs * classes

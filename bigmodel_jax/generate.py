@@ -123,4 +123,4 @@ def generate(
     )  # fmt: skip
     rows = np.asarray(new)
     ends = [np.flatnonzero(row == eos) for row in rows]
-    return [row[: end[0]] if len(end) else row for row, end in zip(rows, ends)]
+    return [row[: end[0]] if len(end) else row for row, end in zip(rows, ends, strict=True)]

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 
 from bigmodel_jax import experiment as experiments
-from bigmodel_jax import schema, workdir as workdirs
+from bigmodel_jax import schema
+from bigmodel_jax import workdir as workdirs
 from bigmodel_jax.checkpoint import Checkpointer
 from bigmodel_jax.data.prepare import prepare
 from bigmodel_jax.errors import InputError
@@ -21,7 +22,9 @@ from bigmodel_jax.programs import Programs, set_up_process
 from bigmodel_jax.screen import Screen
 
 
-def open_run(path: str, overrides: Sequence[str], step: int | None = None) -> tuple[Experiment, Programs, Any, int]:
+def open_run(
+    path: str, overrides: Sequence[str], step: int | None = None
+) -> tuple[Experiment, Programs, Any, int]:
     """(experiment, programs, state, step) of a checkpoint, restored for reading only.
 
     Raises:
@@ -49,8 +52,8 @@ def evaluate_run(path: str, overrides: Sequence[str], step: int | None = None) -
     settings = exp.section("eval")
     results = {
         name: evaluate(
-            programs.evaluate(name, settings.batch_size, spec(pipeline)), state, pipeline, programs.eval_sharding, settings.batch_size,
-            coefficients=exp.objective.coefficients, batches=settings.batches,
+            programs.evaluate(name, settings.batch_size, spec(pipeline)), state, pipeline,
+            programs.eval_sharding, settings.batch_size, coefficients=exp.objective.coefficients, batches=settings.batches,
         )
         for name, pipeline in exp.data.evals.items()
     }  # fmt: skip
@@ -80,7 +83,7 @@ def generate_from_run(
         exp.model, programs.eval_variables(state), encoded, length=length, key=jax.random.key(seed),
         temperature=temperature, top_k=top_k, top_p=top_p, eos=tokenizer.eos, pad=tokenizer.pad,
     )  # fmt: skip
-    texts = [prompt + tokenizer.decode(row.tolist()) for prompt, row in zip(prompts, rows)]
+    texts = [prompt + tokenizer.decode(row.tolist()) for prompt, row in zip(prompts, rows, strict=True)]
     for text in texts:
         print(text)
     return texts

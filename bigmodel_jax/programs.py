@@ -17,7 +17,9 @@ import jax
 
 from bigmodel_jax import tree
 from bigmodel_jax.experiment import Experiment
-from bigmodel_jax.learn import optim, state as states, step as steps
+from bigmodel_jax.learn import optim
+from bigmodel_jax.learn import state as states
+from bigmodel_jax.learn import step as steps
 from bigmodel_jax.parallel import hosts
 from bigmodel_jax.parallel.feed import abstract_batch
 from bigmodel_jax.parallel.mesh import batch_sharding

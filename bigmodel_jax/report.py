@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from bigmodel_jax import fingerprint, metrics, record, tree
+from bigmodel_jax import fingerprint, metrics, record
 from bigmodel_jax.experiment import Experiment
 from bigmodel_jax.generate import generate
 

@@ -15,7 +15,8 @@ import jax
 import numpy as np
 
 from bigmodel_jax import experiment as experiments
-from bigmodel_jax import tree, workdir as workdirs
+from bigmodel_jax import tree
+from bigmodel_jax import workdir as workdirs
 from bigmodel_jax.checkpoint import Checkpointer
 from bigmodel_jax.data.pipeline import Prefetch
 from bigmodel_jax.errors import NumericAbort, Preempted

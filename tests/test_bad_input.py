@@ -88,7 +88,8 @@ CASES = {
     "missing corpus": (lambda h, s: text(h, corpus=str(h / "nowhere")), [], ["nowhere"]),
     "empty corpus": (lambda h, s: text(h, corpus=folder(h, "empty")), [], ["empty"]),
     "undecodable corpus": (
-        lambda h, s: text(h, corpus=folder(h, "latin", a__txt=b"\xff\xfe\xe9", b__txt=b"\xe9\xe8")), [], ["2 undecodable"],
+        lambda h, s: text(h, corpus=folder(h, "latin", a__txt=b"\xff\xfe\xe9", b__txt=b"\xe9\xe8")), [],
+        ["2 undecodable"],
     ),
     "missing shards": (lambda h, s: text(h, shards=str(h / "none")), [], ["bigmodel prepare"]),
     "truncated shard": (lambda h, s: text(h, shards=truncated(s, h)), [], ["train-00000.bin", "truncated"]),

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from bigmodel_jax import flops
+from bigmodel_jax.models import MODELS
 
 SHAPE = {"layers": 2, "width": 64, "heads": 4, "head_dim": 16, "mlp": 256, "vocab": 512, "length": 32}
 
@@ -67,27 +68,15 @@ def test_gpt2_124m_is_six_n_plus_attention():
     assert flops.transformer_training(**shape) == 6 * n + 12 * 12 * 1024 * 768
 
 
-@pytest.mark.parametrize(
-    "blocks,bottleneck,gmacs",
-    # MACs at 224 of torchvision's models (stride in the 3x3), as its model tables publish them.
-    [
-        ((2, 2, 2, 2), False, 1.814),
-        ((3, 4, 6, 3), False, 3.664),
-        ((3, 4, 6, 3), True, 4.089),
-        ((3, 4, 23, 3), True, 7.801),
-        ((3, 8, 36, 3), True, 11.514),
-    ],
-)
-def test_resnets_at_224(blocks, bottleneck, gmacs):
-    ours = flops.resnet_forward(blocks=blocks, bottleneck=bottleneck, size=224, classes=1000)
-    assert ours / 2e9 == pytest.approx(gmacs, rel=1e-3)
+# MACs at 224 of torchvision's models (stride in the 3x3), as its model tables publish them.
+@pytest.mark.parametrize("depth, gmacs", [(18, 1.814), (34, 3.664), (50, 4.089), (101, 7.801), (152, 11.514)])
+def test_resnets_at_224(depth, gmacs):
+    assert MODELS["resnet"](depth=depth).flops(224, 224) / 2e9 == pytest.approx(gmacs, rel=1e-3)
 
 
 def test_resnet20_on_cifar():
     # He et al. 2015, section 4.2; 40.55 million multiply-accumulates without shortcut parameters.
-    ours = flops.resnet_forward(
-        blocks=(3, 3, 3), bottleneck=False, size=32, classes=10, width=16, stem="cifar"
-    )
+    ours = MODELS["resnet"](depth=20, num_classes=10).flops(32, 32)
     assert ours / 2e6 == pytest.approx(40.55, rel=2e-3)
 
 

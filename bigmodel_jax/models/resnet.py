@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bigmodel_jax import flops
 from bigmodel_jax.errors import InputError, nearest
 from bigmodel_jax.models.conv import BatchNorm, Conv, GroupNorm, max_pool
 from bigmodel_jax.models.model import Model, Output
@@ -89,7 +90,7 @@ class Block(nn.Module):
         # Goyal et al. 2017 (arXiv:1706.02677), 5.1: a block starts as the identity. In v2 nothing but
         # the last kernel can be zeroed: a zero scale before a ReLU would never get a gradient.
         zero = plan.zero_init and plan.shortcut
-        y = x
+        y = inner = x
         for i, (features, kernel, stride) in enumerate(branch):
             last = i == len(branch) - 1
             if before:
@@ -214,7 +215,7 @@ def forward_flops(plan: Plan, height: int, width: int) -> float:
     h, w = height, width
     kernel, stride = (7, 2) if plan.stem == "imagenet" else (3, 1)
     h, w = half(h, stride), half(w, stride)
-    macs = h * w * kernel**2 * plan.in_channels * plan.channels
+    total = flops.conv_forward(h, w, kernel, plan.in_channels, plan.channels)
     if plan.stem == "imagenet":
         h, w = half(h, 2), half(w, 2)
     c = plan.channels
@@ -223,12 +224,12 @@ def forward_flops(plan: Plan, height: int, width: int) -> float:
             before, start = (h, w), c
             for features, kernel, stride in plan.branch(stage, block):
                 h, w = half(h, stride), half(w, stride)
-                macs += h * w * kernel**2 * c * features
+                total += flops.conv_forward(h, w, kernel, c, features)
                 c = features
             changed = before != (h, w) or start != c
             if changed and plan.shortcut and plan.projection == "conv":
-                macs += h * w * start * c
-    return 2.0 * (macs + c * plan.num_classes)
+                total += flops.conv_forward(h, w, 1, start, c)
+    return total + 2.0 * c * plan.num_classes
 
 
 def _table(depth: int, blocks: tuple[int, ...], block: str) -> tuple[str, tuple[int, ...], bool]:

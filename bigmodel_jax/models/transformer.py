@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bigmodel_jax import flops
 from bigmodel_jax.errors import InputError
 from bigmodel_jax.models import layers as ops
 from bigmodel_jax.models.block import Block, Context, bias, norm, norm_parameters, weight
@@ -165,17 +166,13 @@ def _check_inputs(spec: Spec, tokens, cache, segments, prefix, token_types) -> N
 
 
 def forward_flops(spec: Spec, length: int) -> float:
-    """Forward matmul FLOPs per token at a length: 2 N_matmul + 4 N_layers L H K.
-
-    A third of 6 N_matmul + 12 N_layers L D per training token (Chowdhery et al. 2022, appendix B);
-    attention is not halved for causality, embeddings are lookups and count nothing.
-    """
-    spec_heads = spec.num_heads * spec.head_dim
-    attn = spec.embed_dim * (2 * spec_heads + 2 * spec.num_kv_heads * spec.head_dim)
-    mlp = spec.embed_dim * spec.mlp_dim * (3 if ops.ACTIVATIONS[spec.activation][1] else 2)
-    head = spec.embed_dim * spec.vocab_size + (spec.embed_dim**2 if spec.mlm_head else 0)
-    matmul = spec.num_layers * (attn + mlp) + head
-    return 2.0 * matmul + 4.0 * spec.num_layers * length * spec_heads
+    """Forward matmul FLOPs per token at a length (see flops.py), with the masked-LM transform."""
+    stack = flops.transformer_forward(
+        layers=spec.num_layers, width=spec.embed_dim, heads=spec.num_heads, head_dim=spec.head_dim,
+        mlp=spec.mlp_dim, vocab=spec.vocab_size, length=length, kv_heads=spec.num_kv_heads,
+        gated=ops.ACTIVATIONS[spec.activation][1],
+    )  # fmt: skip
+    return stack + (2.0 * spec.embed_dim**2 if spec.mlm_head else 0.0)
 
 
 def _model(spec: Spec) -> Model:

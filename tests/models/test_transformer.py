@@ -144,7 +144,8 @@ LLAMA = {"positions": "rotary", "norm": "rmsnorm", "norm_placement": "pre", "act
 BERT = {"positions": "learned", "norm": "layernorm", "norm_placement": "post", "activation": "gelu_exact",
         "norm_eps": 1e-12}  # fmt: skip
 GEMMA = LLAMA | {"norm_placement": "sandwich", "activation": "geglu", "window": 5, "attention_softcap": 4.0,
-                 "final_softcap": 3.0, "embed_scale": 4.0, "num_kv_heads": 1, "head_dim": 6, "qk_norm": True}  # fmt: skip
+                 "final_softcap": 3.0, "embed_scale": 4.0, "num_kv_heads": 1, "head_dim": 6,
+                 "qk_norm": True}  # fmt: skip
 NEOX = GPT2 | {"positions": "rotary", "rope_fraction": 0.5, "residual": "parallel", "head_bias": True}
 ALIBI = GPT2 | {"positions": "alibi", "embed_norm": True, "activation": "relu", "mlp_dim": 24}
 ORIGINAL = GPT2 | {"positions": "sinusoidal", "norm_placement": "post", "num_kv_heads": 2}
