@@ -53,7 +53,8 @@ def evaluate_run(path: str, overrides: Sequence[str], step: int | None = None) -
     results = {
         name: evaluate(
             programs.evaluate(name, settings.batch_size, spec(pipeline)), state, pipeline,
-            programs.eval_sharding, settings.batch_size, coefficients=exp.objective.coefficients, batches=settings.batches,
+            programs.eval_sharding, settings.batch_size,
+            coefficients=exp.objective.coefficients, batches=settings.batches,
         )
         for name, pipeline in exp.data.evals.items()
     }  # fmt: skip
