@@ -35,10 +35,12 @@ def finished(home):
     handler = logging.Handler()
     handler.emit = lambda record: names.append(record.getMessage())
     logger = logging.getLogger("jax._src.interpreters.pxla")
-    with jax.log_compiles(True):
-        logger.addHandler(handler)
-        result = training.train(config, str(home / "finished"))
-        logger.removeHandler(handler)
+    # Not the context manager: it sees its own thread only, and programs are compiled in others.
+    jax.config.update("jax_log_compiles", True)
+    logger.addHandler(handler)
+    result = training.train(config, str(home / "finished"))
+    logger.removeHandler(handler)
+    jax.config.update("jax_log_compiles", False)
     return config, home / "finished", result, names
 
 
