@@ -40,7 +40,7 @@ def gpt(layers: int, dim: int, heads: int, vocab: int, length: int, **more: Any)
     return {
         "batch_size": 8,
         "model": {"name": "decoder", "max_length": length, **sizes, **more},
-        "objective": {"name": "causal_lm", "chunk": 32 if vocab > 10_000 else 0},
+        "objective": {"name": "causal_lm", "chunk": 64 if vocab > 10_000 else 0},
         "optimizer": adamw(),
         "schedule": {"name": "constant"},
         "data": {"name": "text", "length": length},
@@ -243,7 +243,8 @@ def compared(ours: list[dict], peer: list[dict], goals: dict[str, float]) -> dic
         name: round(statistics.median(a[key] / b[key] for a, b in zip(ours, peer, strict=True)), 3)
         for name, key in (("wall", "wall_ms"), ("cpu", "cpu_s"), ("memory", "peak_mb"))
     }
-    return {"ratios": ratios, "goals": goals, "met": {name: ratios[name] <= goal for name, goal in goals.items()}}
+    met = {name: ratios[name] <= goal for name, goal in goals.items()}
+    return {"ratios": ratios, "goals": goals, "met": met}
 
 
 def show(name: str, result: dict[str, Any]) -> None:
@@ -266,7 +267,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("rows", nargs="*", help=f"of {list(ROWS)}; default all")
     parser.add_argument("--python", default=sys.executable, help="interpreter of ours")
-    parser.add_argument("--peers-python", default="", help="interpreter with torch; without it, print what is known")
+    parser.add_argument("--peers-python", default="", help="with torch; without it, print what is known")
     parser.add_argument("--steps", type=int, default=0, help="pairs of steps; default: the row's own number")
     parser.add_argument("--reason", default="", help="text kept beside the rows: why a goal is missed")
     parser.add_argument("--dry", action="store_true", help="do not write the result")

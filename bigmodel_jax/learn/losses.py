@@ -59,13 +59,20 @@ def cross_entropy(
     return _cross_entropy((structure, size, z_loss, label_smoothing), flat[0], leaves, flat[1], weights)
 
 
-def _sums(z_loss: float, smooth: float, logits: jax.Array, targets: jax.Array, w: jax.Array) -> tuple:
-    """Loss sums of one chunk, and d loss / d logits as a function that makes it."""
+def _sums(
+    z_loss: float, smooth: float, logits: jax.Array, targets: jax.Array, w: jax.Array, hold: bool = False
+) -> tuple:
+    """Loss sums of one chunk, and d loss / d logits as a function that makes it (then `hold`)."""
     dtype = jnp.promote_types(logits.dtype, jnp.float32)
     logits, w = logits.astype(dtype), w.astype(dtype)
     vocab = logits.shape[-1]
     top = jnp.max(logits, axis=-1, keepdims=True)
-    z = (jnp.log(jnp.sum(jnp.exp(logits - top), axis=-1, keepdims=True)) + top)[..., 0]
+    e = jnp.exp(logits - top)
+    if hold:
+        # One exp for sum and gradient: on CPU a second one costs more than this buffer of [b, c, V].
+        e = jax.lax.optimization_barrier(e)
+    total = jnp.sum(e, axis=-1, keepdims=True)
+    z = (jnp.log(total) + top)[..., 0]
     hit = jnp.arange(vocab) == targets[..., None]
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1, mode="clip")[..., 0]
     nll = z - chosen
@@ -84,8 +91,7 @@ def _sums(z_loss: float, smooth: float, logits: jax.Array, targets: jax.Array, w
     }
 
     def gradient() -> jax.Array:
-        # exp a second time: keeping the first would be one more buffer of [b, c, V].
-        p = jnp.exp(logits - z[..., None]) * ((1 + 2 * z_loss * z) * w)[..., None]
+        p = e * (((1 + 2 * z_loss * z) * w)[..., None] / total)
         return p - jnp.where(hit, ((1 - smooth) * w)[..., None], 0) - (smooth / vocab) * w[..., None]
 
     return (jnp.sum(w * loss), aux), gradient
@@ -114,7 +120,7 @@ def _chunk_loss_and_grads(
 
     floats = [leaf if _is_float(leaf) else None for leaf in leaves]
     logits, pull = jax.vjp(logits_of, h, floats)
-    sums, gradient = _sums(z_loss, smooth, logits, t, w)
+    sums, gradient = _sums(z_loss, smooth, logits, t, w, hold=True)
     dh, dleaves = pull(gradient().astype(logits.dtype))
     return sums, dh, dleaves
 
