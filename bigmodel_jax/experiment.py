@@ -104,7 +104,8 @@ class Runtime:
     platform: "cpu", "gpu" or "tpu" must be there, "" takes what there is. watchdog_s: seconds
     without a finished step after which stacks are dumped and the run exits 77 (0: off).
     compilation_cache: directory, "" for the user's cache, "off" for none. profile: (first step,
-    steps) of a profiler window, () for none.
+    steps) of a profiler window, () for none. prefetch: batches made ahead. deterministic: on a GPU,
+    bitwise repeatable kernels, at a price in speed that depends on the model; a CPU always is.
     """
 
     platform: str = ""

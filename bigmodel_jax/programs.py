@@ -25,6 +25,10 @@ from bigmodel_jax.parallel.feed import abstract_batch
 from bigmodel_jax.parallel.mesh import batch_sharding
 
 
+# Kernels with a fixed order of additions, chosen without timing them.
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"
+
+
 def compilation_cache(setting: str) -> str:
     """Turn on jax's persistent cache; returns its directory, "" when off.
 
@@ -51,6 +55,8 @@ def set_up_process(runtime: Any) -> None:
     """
     if runtime.platform == "cpu":
         jax.config.update("jax_platforms", "cpu")
+    if runtime.deterministic:
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
     hosts.initialise()
     hosts.require_platform(runtime.platform)
     jax.config.update("jax_enable_x64", runtime.x64)

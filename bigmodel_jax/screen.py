@@ -6,8 +6,10 @@ Nothing here is read by a program: metrics.jsonl and result.json are for that.
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -45,6 +47,20 @@ def device_bytes(abstract: Any) -> int:
     return total
 
 
+class _Once(logging.Handler):
+    """Shows each message of the package's loggers once: programs are traced more often than that."""
+
+    def __init__(self, say: Callable[[str], None]):
+        super().__init__(logging.INFO)
+        self._say, self._said = say, set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if text not in self._said:
+            self._said.add(text)
+            self._say(text)
+
+
 class Screen:
     """Progress of one run on stderr and stdout. Only process 0 speaks."""
 
@@ -58,9 +74,14 @@ class Screen:
         self.last_line = 0.0
 
     def __enter__(self) -> Screen:
+        self._logger = logging.getLogger("bigmodel_jax")
+        self._handler = _Once(self.say)
+        self._logger.addHandler(self._handler)
+        self._logger.setLevel(logging.INFO)
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self._logger.removeHandler(self._handler)
         self._close_bar()
 
     def _close_bar(self) -> None:

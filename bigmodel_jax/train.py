@@ -19,7 +19,7 @@ from bigmodel_jax import tree
 from bigmodel_jax import workdir as workdirs
 from bigmodel_jax.checkpoint import Checkpointer
 from bigmodel_jax.data.pipeline import Prefetch
-from bigmodel_jax.errors import NumericAbort, Preempted
+from bigmodel_jax.errors import InputError, NumericAbort, Preempted
 from bigmodel_jax.evaluate import evaluate, spec
 from bigmodel_jax.experiment import Experiment
 from bigmodel_jax.metrics import Clock, Log
@@ -64,14 +64,23 @@ def train(config: Mapping[str, Any], path: str, *, allow_config_change: bool = F
             screen.say(line)
         if hosts.is_first():
             workdirs.record_start(workdir, exp.config)
-        return _Run(exp, workdir, clock, screen, stack).go()
+        return _Run(exp, workdir, clock, screen, stack, allow_config_change).go()
 
 
 class _Run:
     """The parts of one run, and the loop over them."""
 
-    def __init__(self, exp: Experiment, workdir: Any, clock: Clock, screen: Screen, stack: contextlib.ExitStack):
+    def __init__(
+        self,
+        exp: Experiment,
+        workdir: Any,
+        clock: Clock,
+        screen: Screen,
+        stack: contextlib.ExitStack,
+        allow_config_change: bool,
+    ):
         self.exp, self.workdir, self.clock, self.screen = exp, workdir, clock, screen
+        self.allow_config_change = allow_config_change
         self.settings = {name: exp.section(name) for name in experiments.PLAIN}
         self.programs = Programs(exp)
         runtime, saving = self.settings["runtime"], self.settings["checkpoint"]
@@ -91,6 +100,7 @@ class _Run:
         self.evals = {name: (rows, spec(pipeline)) for name, pipeline in exp.data.evals.items()}
         self.key = jax.random.key(exp.run.seed)
         self.saved = -1
+        self.tracing = False
         self.pending: tuple[int, Any] | None = None
         self.results: dict[str, Any] = {}
 
@@ -129,10 +139,13 @@ class _Run:
             state, meta = found
             self.saved = int(meta["step"])
             if meta["data"] != self.exp.data.fingerprint:
-                self.screen.say(
-                    f"data changed since step {self.saved}: fingerprint {meta['data'][:12]} -> "
-                    f"{self.exp.data.fingerprint[:12]}"
+                line = (
+                    f"the data is not that of step {self.saved} (fingerprint {meta['data'][:12]} -> "
+                    f"{self.exp.data.fingerprint[:12]})"
                 )
+                if not self.allow_config_change:
+                    raise InputError(f"{line}; restore the data, or --allow-config-change to go on with the new")
+                self.screen.say(line)
             self.screen.say(f"resuming at step {self.saved}")
             return state, self.saved
         with self.clock.span("compile"):
@@ -242,6 +255,7 @@ class _Run:
         """Wait for the last save, sample, and write result.json and the loss curve."""
         from bigmodel_jax import report
 
+        self.profile(self.exp.run.steps)
         with self.clock.span("checkpoint"):
             self.checkpoints.wait()
         sample = self.settings["sample"]
@@ -275,9 +289,11 @@ class _Run:
         window = self.settings["runtime"].profile
         if window and step == window[0]:
             jax.profiler.start_trace(str(self.workdir / "profile"))
-        if window and step == window[0] + window[1]:
+            self.tracing = True
+        if self.tracing and (step == window[0] + window[1] or step == self.exp.run.steps):
             self.settle()
             jax.profiler.stop_trace()
+            self.tracing = False
 
 
 def _few(ids: Any) -> str:

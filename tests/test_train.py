@@ -157,3 +157,22 @@ def test_init_from_another_run(finished, home, capsys):
         trained, _ = parent.restore(Programs(parent_exp).state)
     np.testing.assert_array_equal(state["params"]["embed"]["tokens"], trained["params"]["embed"]["tokens"])
     assert not np.array_equal(state["params"]["embed"]["positions"], trained["params"]["embed"]["positions"])
+
+
+def test_other_data_under_the_same_name_is_refused(home):
+    """The corpus grows between two starts: the order of the data would not be that of the first."""
+    raw = tiny.raw("decoder", home / "grows") | {"steps": 2, "schedule": {"name": "constant"}}
+    config = experiment.resolve(raw)
+    training.train(config, str(home / "grown"))
+    longer = {**config, "steps": 4}
+    (home / "grows" / "corpus" / "more.txt").write_text("one more document, of other words\n" * 9)
+    with pytest.raises(InputError, match="the data is not that of step 2"):
+        training.train({**config}, str(home / "grown"))
+    assert training.train(longer, str(home / "grown"), allow_config_change=True)["step"] == 4
+
+
+def test_a_profile_window_leaves_a_trace(home, capsys):
+    config = resolved(home, steps=4, runtime={"profile": (1, 9)})
+    training.train(config, str(home / "profiled"))
+    assert list((home / "profiled" / "profile").rglob("*.xplane.pb"))
+    assert "attention: blockwise" in capsys.readouterr().err

@@ -11,6 +11,7 @@ splash       jax's Pallas kernel on TPU
 
 from __future__ import annotations
 
+import logging
 import math
 
 import jax
@@ -21,6 +22,8 @@ from bigmodel_jax.models import target
 from bigmodel_jax.models.blockwise import blockwise
 from bigmodel_jax.models.masks import Mask
 from bigmodel_jax.models.scores import Rule, biases, exponentials, finish, kept, split
+
+_log = logging.getLogger(__name__)
 
 BACKENDS = ("reference", "dot_product", "cudnn", "blockwise", "splash")
 
@@ -144,9 +147,11 @@ def attention(
       InputError: the backend cannot compute this.
     """
     dropout = 0.0 if dropout_keys is None else dropout
-    name, _ = choose(
+    name, reason = choose(
         q, k, mask, backend=backend, softcap=softcap, alibi=alibi, bias=bias is not None, dropout=dropout
     )
+    if q.shape[1] > 1:
+        _log.info("attention: %s (%s)", name, reason)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     rule = Rule(scale=scale, softcap=softcap, alibi=alibi, dropout=dropout)
     if name == "blockwise":
