@@ -24,7 +24,6 @@ from bigmodel_jax.parallel import hosts
 from bigmodel_jax.parallel.feed import abstract_batch
 from bigmodel_jax.parallel.mesh import batch_sharding
 
-
 # Kernels with a fixed order of additions, chosen without timing them.
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"
 
