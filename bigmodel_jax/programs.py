@@ -10,12 +10,12 @@ from __future__ import annotations
 import functools
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from bigmodel_jax import tree
+from bigmodel_jax.data.storage import cache_root
 from bigmodel_jax.experiment import Experiment
 from bigmodel_jax.learn import optim
 from bigmodel_jax.learn import state as states
@@ -37,8 +37,7 @@ def compilation_cache(setting: str) -> str:
     if setting == "off":
         jax.config.update("jax_enable_compilation_cache", False)
         return ""
-    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    directory = setting or str(Path(home) / "bigmodel_jax" / "compiled")
+    directory = setting or os.path.join(cache_root(), "compiled")
     jax.config.update("jax_compilation_cache_dir", directory)
     # Every program, however small: a second start then compiles nothing at all.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -16,3 +16,9 @@ def x64():
     """Double precision inside one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Nothing that tests prepare or compile reaches the user's cache."""
+    os.environ["BIGMODEL_CACHE"] = str(tmp_path_factory.mktemp("cache"))

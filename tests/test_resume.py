@@ -31,7 +31,7 @@ def config_file(home: Path, kind: str, **changes) -> Path:
 
 
 def drive(home: Path, config: Path, workdir: Path, moment=NEVER, *overrides) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "XDG_CACHE_HOME": str(home / "xdg"), "XLA_FLAGS": ""}
+    environment = {**os.environ, "BIGMODEL_CACHE": str(home / "cache"), "XLA_FLAGS": ""}
     command = [sys.executable, str(DRIVE), *moment, "train", "--config", str(config), "--workdir", str(workdir)]
     return subprocess.run([*command, *overrides], env=environment, capture_output=True, text=True, timeout=300)
 

@@ -22,7 +22,7 @@ print(json.dumps({"cache": cache, "modules": [m for m in ("tensorflow", "tensorb
 
 
 def start(tmp_path, name: str, *overrides: str) -> dict:
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "xdg"), "XLA_FLAGS": ""}
+    environment = {**os.environ, "BIGMODEL_CACHE": str(tmp_path / "cache"), "XLA_FLAGS": ""}
     config = tmp_path / "config.py"
     config.write_text(f"def get_config():\n    return {tiny.raw('decoder', tmp_path) | {'steps': 3}!r}\n")
     command = [sys.executable, "-c", COUNTED, "train", "--config", str(config), "--workdir", str(tmp_path / name)]

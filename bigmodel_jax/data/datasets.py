@@ -17,9 +17,9 @@ import numpy as np
 
 from bigmodel_jax.data import images
 from bigmodel_jax.data.order import BatchRamp
-from bigmodel_jax.data.packing import cache_root
 from bigmodel_jax.data.pipeline import Pipeline
 from bigmodel_jax.data.prepare import prepare
+from bigmodel_jax.data.storage import cache_root
 from bigmodel_jax.data.text import Documents, MaskTokens, TargetBytes
 from bigmodel_jax.data.tfds import Tfds
 from bigmodel_jax.data.token_rows import TokenShards

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from bigmodel_jax.data.storage import is_url
+from bigmodel_jax.data.storage import cache_root, is_url
 from bigmodel_jax.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -135,14 +135,9 @@ def pack(shard_ends: list[np.ndarray], length: int) -> Packed:
     )
 
 
-def cache_root(cache_dir: str | None = None) -> str:
-    """Where indexes of shards that cannot be written to are kept."""
-    return cache_dir or os.environ.get("BIGMODEL_CACHE") or os.path.expanduser("~/.cache/bigmodel_jax")
-
-
 def _homes(folder: str, name: str, cache_dir: str | None) -> list[str]:
     homes = [] if cache_dir or is_url(folder) else [os.path.join(folder, "pack")]
-    return [os.path.join(home, name) for home in [*homes, os.path.join(cache_root(cache_dir), "pack")]]
+    return [os.path.join(home, name) for home in [*homes, os.path.join(cache_dir or cache_root(), "pack")]]
 
 
 def _load(home: str, want: dict[str, Any]) -> Packed | None:

@@ -21,6 +21,12 @@ def is_url(path: str | os.PathLike[str]) -> bool:
     return "://" in os.fspath(path)
 
 
+def cache_root() -> str:
+    """Where what can be made again is kept: prepared corpora, pack indexes, compiled programs."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.environ.get("BIGMODEL_CACHE") or os.path.join(home, "bigmodel_jax")
+
+
 def join(folder: str, name: str) -> str:
     """`name` inside `folder`, for paths and URLs."""
     return f"{folder.rstrip('/')}/{name}" if is_url(folder) else os.path.join(folder, name)
