@@ -78,10 +78,12 @@ class Screen:
         self._handler = _Once(self.say)
         self._logger.addHandler(self._handler)
         self._logger.setLevel(logging.INFO)
+        self._logger.propagate = False  # a library imported later may print the root's records too
         return self
 
     def __exit__(self, *_: Any) -> None:
         self._logger.removeHandler(self._handler)
+        self._logger.propagate = True
         self._close_bar()
 
     def _close_bar(self) -> None:
