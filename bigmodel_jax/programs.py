@@ -84,13 +84,13 @@ class Programs:
 
     def begin(self, sizes: tuple[int, ...], evals: dict[str, Any]) -> None:
         """Start compiling what a run will need, in the background: XLA leaves the interpreter lock,
-        so that the step is compiled while parameters are made and data is opened.
+        so that the step is compiled while parameters are made. One after the other: evaluation can wait.
 
         Args:
           sizes: global batch sizes of train steps.
           evals: {name: (rows, spec)} of evaluation batches.
         """
-        pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="compile")
+        pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compile")
         for size in sizes:
             self._started[size] = pool.submit(self._compile_step, size)
         for name, (rows, spec) in evals.items():

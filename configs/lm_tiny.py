@@ -1,6 +1,15 @@
 """Causal LM on the source code of Python's own standard library: the first run on any machine.
 
     bigmodel train --config configs/lm_tiny.py --workdir runs/first
+
+1.07 M parameters, 512,000 tokens in 500 steps, Muon. Recorded on two cores of a Xeon with AVX-512
+(Python 3.11.7, jax 0.10.2), nothing cached: 79 s in all, 60 s of them in steps (8,200 tokens/s), 5 s
+compiling, 4 s preparing. Held-out bits per byte 1.73, one seed; gzip -9 takes 1.86, bz2 -9 1.64, xz -9e
+1.59, and xz primed with the training text 1.14 on the same bytes (benchmarks/text_baselines.py). The
+standard library differs between Python releases, so expect 1.65 to 1.85.
+
+Tried at the same budget: AdamW (lr 5e-3) ended 0.5 bits above Muon; pieces that span words
+(data.pieces="phrase") ended where words did.
 """
 
 from ml_collections import ConfigDict

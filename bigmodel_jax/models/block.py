@@ -87,7 +87,7 @@ class Attention(nn.Module):
         w = weight(self, "out", shape, ("heads", "head_dim", "embed"), fan_in, spec, _out_scale(spec))
         y = ops.project("blhk,hkd->bld", y, w)
         if spec.bias:
-            y = y + bias(self, "out_bias", (spec.embed_dim,), ("norm",), spec)
+            y = ops.add_bias(y, bias(self, "out_bias", (spec.embed_dim,), ("norm",), spec))
         return y, cache
 
     @nn.nowrap
@@ -97,7 +97,7 @@ class Attention(nn.Module):
         w = weight(self, name, shape, ("embed", axis, "head_dim"), spec.embed_dim, spec)
         y = ops.project("bld,dhk->blhk", x, w)
         if spec.bias:
-            y = y + bias(self, f"{name}_bias", shape[1:], (axis, "head_dim"), spec)
+            y = ops.add_bias(y, bias(self, f"{name}_bias", shape[1:], (axis, "head_dim"), spec))
         return y
 
 
@@ -131,7 +131,7 @@ class Mlp(nn.Module):
         w = weight(self, "out", shape, ("mlp", "embed"), spec.mlp_dim, spec, _out_scale(spec))
         y = ops.project("blf,fd->bld", h, w)
         if spec.bias:
-            y = y + bias(self, "out_bias", (spec.embed_dim,), ("norm",), spec)
+            y = ops.add_bias(y, bias(self, "out_bias", (spec.embed_dim,), ("norm",), spec))
         return y
 
     @nn.nowrap
@@ -140,7 +140,7 @@ class Mlp(nn.Module):
         shape = (spec.embed_dim, spec.mlp_dim)
         h = ops.project("bld,df->blf", x, weight(self, name, shape, ("embed", "mlp"), spec.embed_dim, spec))
         if spec.bias:
-            h = h + bias(self, f"{name}_bias", (spec.mlp_dim,), ("mlp",), spec)
+            h = ops.add_bias(h, bias(self, f"{name}_bias", (spec.mlp_dim,), ("mlp",), spec))
         return h
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 from scipy.special import erf
 
 from bigmodel_jax import tree
@@ -354,7 +355,7 @@ def counted_flops(jaxpr):
             (contract, _), _ = eqn.params["dimension_numbers"]
             depth = np.prod([eqn.invars[0].aval.shape[d] for d in contract])
             total += 2 * int(np.prod(eqn.outvars[0].aval.shape)) * int(depth)
-        for inner in jax.core.jaxprs_in_params(eqn.params):
+        for inner in jaxprs_in_params(eqn.params):
             total += eqn.params.get("length", 1) * counted_flops(inner)
     return total
 
