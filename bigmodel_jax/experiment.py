@@ -104,7 +104,8 @@ class Runtime:
     platform: "cpu", "gpu" or "tpu" must be there, "" takes what there is. watchdog_s: seconds
     without a finished step after which stacks are dumped and the run exits 77 (0: off).
     compilation_cache: directory, "" for the user's cache, "off" for none. profile: (first step,
-    steps) of a profiler window, () for none. prefetch: batches made ahead. deterministic: on a GPU,
+    steps) of a profiler window, () for none. prefetch: batches made ahead. input: "numpy" or "tfdata"
+    (the same batches, made in parallel); "auto" is tfdata for TFDS data sets. deterministic: on a GPU,
     bitwise repeatable kernels, at a price in speed that depends on the model; a CPU always is.
     """
 
@@ -114,6 +115,7 @@ class Runtime:
     compilation_cache: str = ""
     profile: tuple = ()
     prefetch: int = 2
+    input: str = "auto"
     deterministic: bool = False
 
 
@@ -206,6 +208,17 @@ class Experiment:
         """The distinct global batch sizes of the run, one for most."""
         size = self.run.batch_size
         return (size,) if isinstance(size, int) else tuple(sorted({rows for _, rows in size}))
+
+    @property
+    def input(self) -> str:
+        """Who makes training batches: "numpy" or "tfdata"."""
+        wanted = self.section("runtime").input
+        several = len(self.batch_sizes()) > 1
+        if wanted == "tfdata" and several:
+            raise InputError("runtime.input tfdata makes batches of one size; with a ramp of sizes use numpy")
+        if wanted == "auto":
+            return "tfdata" if self.data.prefers_tfdata and not several else "numpy"
+        return wanted
 
     def cut(self, batch_size: int) -> tuple[int, int]:
         """(accumulation steps A, rows of a microbatch M) for a global batch size."""
@@ -370,6 +383,9 @@ def _check_sizes(run: Run, config: Mapping[str, Any]) -> None:
         raise InputError(f"config leaf 'steps' = {run.steps} should be at least 1")
     if config["guard"]["policy"] not in ("skip", "crash"):
         raise InputError(f"config leaf 'guard.policy' = {config['guard']['policy']!r} should be skip or crash")
+    if config["runtime"]["input"] not in ("auto", "numpy", "tfdata"):
+        found = config["runtime"]["input"]
+        raise InputError(f"config leaf 'runtime.input' = {found!r} should be auto, numpy or tfdata")
     if config["runtime"]["x64"] is False and "float64" in (
         config["model"].get("dtype"),
         config["model"].get("param_dtype"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,20 +19,21 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from bigmodel_jax import tree
 
 
-def _size(number: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} TB"
-
-
-def _count(number: float) -> str:
-    for unit in ("", "K", "M", "B"):
+def _short(number: float, units: Sequence[str]) -> str:
+    *small, largest = units
+    for unit in small:
         if number < 1000:
             return f"{number:.3g}{unit}"
         number /= 1000
-    return f"{number:.3g}T"
+    return f"{number:.3g}{largest}"
+
+
+def _size(number: float) -> str:
+    return _short(number, (" B", " KB", " MB", " GB", " TB"))
+
+
+def _count(number: float) -> str:
+    return _short(number, ("", "K", "M", "B", "T"))
 
 
 def device_bytes(abstract: Any) -> int:

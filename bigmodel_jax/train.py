@@ -24,7 +24,7 @@ from bigmodel_jax.evaluate import evaluate, spec
 from bigmodel_jax.experiment import Experiment
 from bigmodel_jax.metrics import Clock, Log
 from bigmodel_jax.parallel import hosts
-from bigmodel_jax.parallel.feed import global_batch
+from bigmodel_jax.parallel.feed import global_batch, local_rows
 from bigmodel_jax.programs import Programs, set_up_process
 from bigmodel_jax.screen import Screen
 
@@ -109,7 +109,7 @@ class _Run:
         state, step = self.start()
         self.log.truncate(step)
         self.screen.start(exp, step, self.programs.state, self.clock)
-        with Prefetch(self.fetch, step, depth=self.settings["runtime"].prefetch, stop=steps) as batches:
+        with self.batches(step) as batches:
             while True:
                 if step > self.saved and (step == steps or self.due("checkpoint", step)):
                     self.save(step, state)
@@ -154,6 +154,17 @@ class _Run:
             state, report = self.programs.initial_from(state, self.settings["init_from"])
             self.screen.say(report)
         return state, 0
+
+    def batches(self, start: int) -> Prefetch:
+        """Global batches from `start` on, made ahead by a thread: from numpy, or from tf.data."""
+        depth, stop = self.settings["runtime"].prefetch, self.exp.run.steps
+        if self.exp.input == "numpy":
+            return Prefetch(self.fetch, start, depth=depth, stop=stop)
+        pipeline, place = self.exp.data.train, self.programs.batch_sharding
+        shape = self.exp.cut(pipeline.size(start))
+        rows = local_rows(place, shape)
+        ready = iter(pipeline.tfdata(start, rows, prefetch=depth, stop_step=stop).as_numpy_iterator())
+        return Prefetch(lambda _: global_batch(lambda _: next(ready), place, shape), start, depth=depth, stop=stop)
 
     def fetch(self, step: int) -> dict[str, jax.Array]:
         """The global batch of a step, placed on the devices. Runs in the prefetch thread."""

@@ -4,7 +4,7 @@
 
 15% of the tokens are predicted, 80/10/10; `--config.data.whole_words=True` masks whole words.
 
-0.9 M parameters, 500 steps. Masked accuracy 25.7% (one seed), far from the 42.6% of a count model that
+1.07 M parameters, 500 steps. Masked accuracy 25.7% (one seed), far from the 42.6% of a count model that
 sees both neighbours (benchmarks/text_baselines.py): a minute is too short for a masked LM, which learns
 from 15% of its tokens. It is here to be run and changed; a longer recipe that beats the counts is open.
 """

@@ -176,3 +176,15 @@ def test_a_profile_window_leaves_a_trace(home, capsys):
     training.train(config, str(home / "profiled"))
     assert list((home / "profiled" / "profile").rglob("*.xplane.pb"))
     assert "attention: blockwise" in capsys.readouterr().err
+
+
+def test_tf_data_feeds_the_same_run(home, monkeypatch):
+    """Augmented digits through tf.data and through numpy end in the same state, bit for bit."""
+    states = {}
+    for name in ("numpy", "tfdata"):
+        config = resolved(home, "resnet", steps=4, runtime={"input": name}, batch_size=16, microbatch=8)
+        states[name] = training.train(config, str(home / f"fed by {name}"))["state_hash"]
+    assert states["numpy"] == states["tfdata"]
+    with pytest.raises(InputError, match="with a ramp of sizes use numpy"):
+        ramp = {"batch_size": ((0, 8), (2, 16)), "runtime": {"input": "tfdata"}}
+        training.train(resolved(home, "resnet", **ramp), str(home / "ramped"))

@@ -39,6 +39,7 @@ class Loaded(NamedTuple):
     vocab_size: int = 0
     num_classes: int = 0
     in_channels: int = 0
+    prefers_tfdata: bool = False
 
     @property
     def fingerprint(self) -> str:
@@ -216,7 +217,7 @@ class _Images:
         return Loaded(
             Pipeline(train, ramp(batch_size), seed, augment),
             {"validation": Pipeline(held_out, eval_batch_size, seed, plain, shuffle=False)},
-            num_classes=classes, in_channels=self.shape()[-1],
+            num_classes=classes, in_channels=self.shape()[-1], prefers_tfdata=isinstance(train, Tfds),
         )  # fmt: skip
 
 

@@ -30,6 +30,13 @@ def local_columns(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> np
     return np.flatnonzero(held)
 
 
+def local_rows(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> np.ndarray:
+    """Rows of the global batch that this process feeds, in the order `global_batch` asks for them."""
+    *steps, microbatch = shape
+    offsets = np.arange(steps[0] if steps else 1)[:, None] * microbatch
+    return (offsets + local_columns(sharding, shape)[None, :]).ravel()
+
+
 def global_batch(
     fetch: Callable[[np.ndarray], Batch], sharding: jax.sharding.Sharding, shape: tuple[int, ...]
 ) -> dict[str, jax.Array]:
@@ -41,8 +48,7 @@ def global_batch(
     """
     *steps, microbatch = shape
     columns = local_columns(sharding, shape)
-    offsets = np.arange(steps[0] if steps else 1)[:, None] * microbatch
-    local = fetch((offsets + columns[None, :]).ravel())
+    local = fetch(local_rows(sharding, shape))
     place = np.full(microbatch, -1)
     place[columns] = np.arange(len(columns))
     held = _held(sharding, shape)

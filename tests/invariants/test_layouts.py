@@ -193,12 +193,12 @@ def test_control_mean_of_microbatch_means_is_seen(x64):
     assert worst(reference("decoder", "float64"), got) > 1e-2
 
 
-def test_dropout_masks_are_the_same_on_any_mesh():
+def test_dropout_masks_are_the_same_on_any_mesh(x64):
     changes = dict(dropout=0.3, embed_dropout=0.2)
-    one = Program("decoder", "float32", ONE, 1, **changes)
-    many = Program("decoder", "float32", ALL, 4, **changes)
+    one = Program("decoder", "float64", ONE, 1, **changes)
+    many = Program("decoder", "float64", ALL, 4, **changes)
     batch = batch_of("decoder")
     expected = one.run(batch, seed=1)
-    assert worst(expected, many.run(batch, seed=1)) < 1e-5
+    assert worst(expected, many.run(batch, seed=1)) < 1e-10
     assert worst(expected, many.run(batch, seed=2)) > 1e-2
-    assert worst(expected, reference("decoder", "float32")) > 1e-2
+    assert worst(expected, reference("decoder", "float64")) > 1e-2
