@@ -1,7 +1,6 @@
 """Time of a training step on CPU beside PyTorch peers, their steps alternating in one run.
 
-    python -m venv /tmp/peers && /tmp/peers/bin/pip install -r benchmarks/peers/requirements.txt \
-        --extra-index-url https://download.pytorch.org/whl/cpu
+    python -m venv /tmp/peers && /tmp/peers/bin/pip install -r benchmarks/peers/requirements.txt
     python -m benchmarks.train_step --peers-python /tmp/peers/bin/python [ROW ...]
 
 Ours is the product: a config, `experiment.build`, and the compiled step of `programs.Programs`, with
