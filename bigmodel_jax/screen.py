@@ -85,6 +85,7 @@ class Screen:
     def __exit__(self, *_: Any) -> None:
         self._logger.removeHandler(self._handler)
         self._logger.propagate = True
+        self._logger.setLevel(logging.NOTSET)
         self._close_bar()
 
     def _close_bar(self) -> None:
