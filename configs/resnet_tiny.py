@@ -6,6 +6,9 @@
 
 The held-out images are fixed and stratified (360 of 1,797 digits; 1,000 of 5,000). Flips are off:
 a mirrored 3 is no digit.
+
+mnist5k, seeds 0 to 4, on two cores: held-out accuracy 98.90, 98.60, 98.90, 99.00, 98.70%, mean 98.82%,
+sd 0.16; 2.6 minutes a seed (results/mnist5k.json).
 """
 
 from ml_collections import ConfigDict
