@@ -99,7 +99,7 @@ class Programs:
 
     def init(self, key: jax.Array) -> Any:
         """The initial state, each leaf made where it lives."""
-        return jax.jit(self._create, out_shardings=self.shardings)(key)
+        return states.initialize(self._create, self.shardings, key)
 
     def initial_from(self, state: Any, settings: Any) -> tuple[Any, str]:
         """(state with parameters from another run's checkpoint, one line that says which).
