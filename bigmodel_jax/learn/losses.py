@@ -97,6 +97,31 @@ def _sums(
     return (jnp.sum(w * loss), aux), gradient
 
 
+def token_losses(
+    hidden: jax.Array, head: Head, targets: jax.Array, *, chunk: int = 0
+) -> tuple[jax.Array, jax.Array]:
+    """(nats [B, L], whether the target is the most likely token [B, L]) per token, for evaluation.
+
+    Logits of `chunk` positions are held at a time (0: of all). Ties count as in `cross_entropy`.
+    """
+    length = hidden.shape[1]
+    size = length if chunk <= 0 else min(chunk, length)
+
+    def one(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        h, t = part
+        logits = _wide(head(h))
+        chosen = jnp.take_along_axis(logits, t[..., None], axis=-1, mode="clip")
+        before = jnp.arange(logits.shape[-1]) < t[..., None]
+        beaten = jnp.any((logits > chosen) | ((logits == chosen) & before), axis=-1)
+        return jax.nn.logsumexp(logits, axis=-1) - chosen[..., 0], ~beaten
+
+    if size == length:
+        return one((hidden, targets))
+    parts = (_split(hidden, 1, size)[:, 0], _split(targets, 1, size)[:, 0])
+    nats, correct = (jnp.moveaxis(x, 0, 1) for x in jax.lax.map(one, parts))
+    return tuple(x.reshape(len(x), -1)[:, :length] for x in (nats, correct))
+
+
 def _is_float(leaf: jax.Array) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
