@@ -20,7 +20,7 @@ from bigmodel_jax.models.spec import Spec
 from bigmodel_jax.parallel.rules import constrain
 
 # Sites of dropout inside a layer; a row's key is folded with the layer, then with the site.
-SITE_ATTENTION, SITE_ATTENTION_OUT, SITE_MLP_OUT = 0, 1, 2
+SITE_ATTENTION, SITE_ATTENTION_OUT, SITE_MLP_OUT, SITE_CROSS, SITE_CROSS_OUT = range(5)
 
 
 class Context(NamedTuple):
@@ -30,6 +30,9 @@ class Context(NamedTuple):
     rope: tuple[jax.Array, jax.Array] | None
     dropout_keys: jax.Array | None
     length: jax.Array | None  # tokens a cache already holds, [B]
+    bias: jax.Array | None = None  # added to the scores of self-attention, [B or 1, H, L, M]
+    memory: jax.Array | None = None  # what cross-attention reads, [B, M, D]; None: the cache holds it
+    memory_mask: Mask = Mask()
 
 
 def weight(module: nn.Module, name: str, shape, axes, fan_in: int, spec: Spec, scale: float = 1.0):
@@ -57,29 +60,43 @@ def _out_scale(spec: Spec) -> float:
 
 
 class Attention(nn.Module):
-    """Multi-head attention with its projections; appends to a cache where one is given."""
+    """Multi-head attention with its projections; appends to a cache where one is given.
+
+    cross: keys and values come from the context's memory (Vaswani et al. 2017, section 3.2.3), without
+      positions. They go into the cache once; a context without memory takes them from there.
+    """
 
     spec: Spec
+    cross: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, context: Context, number: jax.Array, cache: Any):
         spec, heads = self.spec, ("batch", "length", "heads", "head_dim")
         q = constrain(self._project("q", x, spec.num_heads, "heads"), heads)
-        k = constrain(self._project("k", x, spec.num_kv_heads, "kv_heads"), ("batch", "length", "kv_heads", "head_dim"))
-        v = constrain(self._project("v", x, spec.num_kv_heads, "kv_heads"), ("batch", "length", "kv_heads", "head_dim"))
-        if spec.qk_norm:
-            q, k = norm(spec, "norm_q", q), norm(spec, "norm_k", k)
-        if context.rope is not None:
-            q, k = rotate(q, *context.rope), rotate(k, *context.rope)
-        if cache is not None:
-            cache, k, v = _append(cache, k, v, number, context.length)
+        read = context.memory if self.cross else x
+        kv = None
+        if read is not None:
+            kv = {name: self._project(name, read, spec.num_kv_heads, "kv_heads") for name in "kv"}
+            kv = {name: constrain(y, ("batch", "length", "kv_heads", "head_dim")) for name, y in kv.items()}
+        if self.cross:
+            cache, k, v = _remember(cache, kv, number, q.dtype)
+        else:
+            k, v = kv["k"], kv["v"]
+            if spec.qk_norm:
+                q, k = norm(spec, "norm_q", q), norm(spec, "norm_k", k)
+            if context.rope is not None:
+                q, k = rotate(q, *context.rope), rotate(k, *context.rope)
+            if cache is not None:
+                cache, k, v = _append(cache, k, v, number, context.length)
         y = attention(
-            q, k, v, context.mask,
+            q, k, v, context.memory_mask if self.cross else context.mask,
             backend=spec.attention,
+            scale=spec.attention_scale or None,
             softcap=spec.attention_softcap,
-            alibi=spec.positions == "alibi",
+            alibi=spec.positions == "alibi" and not self.cross,
+            bias=None if self.cross else context.bias,
             dropout=spec.attention_dropout,
-            dropout_keys=ops.fold(context.dropout_keys, SITE_ATTENTION),
+            dropout_keys=ops.fold(context.dropout_keys, SITE_CROSS if self.cross else SITE_ATTENTION),
         )  # fmt: skip
         y = constrain(y, heads)
         shape = (spec.num_heads, spec.head_dim, spec.embed_dim)
@@ -110,7 +127,17 @@ def _append(cache: dict[str, jax.Array], k: jax.Array, v: jax.Array, number: jax
         for name, new in (("k", k), ("v", v))
     }
     k, v = (held[name][number].astype(k.dtype) for name in ("k", "v"))
-    return held, k, v
+    return {**cache, **held}, k, v
+
+
+def _remember(cache: dict[str, jax.Array] | None, kv: dict[str, jax.Array] | None, number: jax.Array, dtype: Any):
+    """Keys and values [B, M, G, K] of the memory: stored in the cache when new, else read from it."""
+    if kv is None:
+        return cache, cache["cross_k"][number].astype(dtype), cache["cross_v"][number].astype(dtype)
+    if cache is not None:
+        new = {f"cross_{name}": y for name, y in kv.items()}
+        cache = cache | {name: cache[name].at[number].set(y.astype(cache[name].dtype)) for name, y in new.items()}
+    return cache, kv["k"], kv["v"]
 
 
 class Mlp(nn.Module):
@@ -175,6 +202,9 @@ class Block(nn.Module):
             x = joined(x + y + after(z, "norm_mlp", SITE_MLP_OUT), "")
         else:
             x = joined(x + y, "norm_attn")
+            if spec.cross:
+                y, cache = Attention(spec, cross=True, name="cross")(before(x, "norm_cross"), context, number, cache)
+                x = joined(x + after(y, "norm_cross", SITE_CROSS_OUT), "norm_cross")
             z = Mlp(spec, name="mlp")(before(x, "norm_mlp"))
             x = joined(x + after(z, "norm_mlp", SITE_MLP_OUT), "norm_mlp")
         return (x, cache), None

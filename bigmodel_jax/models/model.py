@@ -25,12 +25,14 @@ class Output(NamedTuple):
       function of the hidden states it can be applied to a chunk of tokens, or to masked ones only.
     cache: the key-value cache after this call, where one was given.
     updates: batch statistics of this microbatch, the same tree as `stats`; {} where there are none.
+    extra: what else a model gives by name, for example sums of a router's losses; {} for most.
     """
 
     hidden: jax.Array
     head: Any
     cache: Any = None
     updates: Any = {}
+    extra: Any = {}
 
 
 def keep(stats: Any, updates: Any) -> Any:
@@ -58,6 +60,8 @@ class Model:
 
     example: example(batch) gives zero inputs of minimal size, enough to initialise with.
     cache: cache(batch, length, dtype) gives an empty key-value cache, or None.
+    encode: encode(variables, train=, rngs=, **inputs) gives the memory that `apply` decodes from;
+      None for models that are not an encoder and a decoder.
     merge: merge(stats, updates) gives the running statistics after an optimizer step.
     flops: forward matmul FLOPs, per token at a length (Transformer) or per image.
     """
@@ -65,7 +69,8 @@ class Model:
     module: nn.Module
     example: Callable[[int], dict[str, np.ndarray]]
     flops: Callable[..., float]
-    cache: Callable[[int, int, Any], Any] | None = None
+    cache: Callable[..., Any] | None = None
+    encode: Callable[..., jax.Array] | None = None
     merge: Callable[[Any, Any], Any] = keep
 
     def _init(self, key: jax.Array) -> Any:
