@@ -9,14 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from bigmodel_jax.data import images
-from bigmodel_jax.data.order import BatchRamp
+from bigmodel_jax.data.loaded import Loaded, Progress, Spec, ramp
 from bigmodel_jax.data.pipeline import Pipeline
 from bigmodel_jax.data.prepare import prepare
 from bigmodel_jax.data.storage import cache_root
@@ -25,32 +24,6 @@ from bigmodel_jax.data.tfds import Tfds
 from bigmodel_jax.data.token_rows import TokenShards
 from bigmodel_jax.data.tokenizer import load_tokenizer
 from bigmodel_jax.errors import InputError
-
-Spec = dict[str, tuple[tuple[int, ...], str]]
-Progress = Callable[[str, float, float], None] | None
-
-
-class Loaded(NamedTuple):
-    """Pipelines of one data set. Sizes that do not apply are 0."""
-
-    train: Pipeline
-    evals: dict[str, Pipeline]
-    tokenizer: Any = None
-    vocab_size: int = 0
-    num_classes: int = 0
-    in_channels: int = 0
-    prefers_tfdata: bool = False
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the training order and content, and of every evaluation set."""
-        parts = [self.train.fingerprint, *(f"{n}:{p.fingerprint}" for n, p in sorted(self.evals.items()))]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def ramp(batch_size: int | tuple) -> int | BatchRamp:
-    """A batch size, or a ramp from ((first step, rows), ...)."""
-    return batch_size if isinstance(batch_size, int) else BatchRamp(tuple(map(tuple, batch_size)))
 
 
 @dataclass(frozen=True)
