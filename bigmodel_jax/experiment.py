@@ -397,7 +397,7 @@ def _fit_model_to_data(config: dict[str, Any], data: Loaded | None) -> None:
     """Take sizes left at 0 from the data; refuse sizes that contradict it."""
     model = config["model"]
     for leaf in FROM_DATA:
-        if leaf not in model:
+        if leaf not in model or (leaf == "num_classes" and model.get("head") in ("lm", "spans", "none")):
             continue
         found = getattr(data, leaf) if data is not None else 0
         if model[leaf] == 0 and not found:

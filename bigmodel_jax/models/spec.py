@@ -1,8 +1,16 @@
-"""The options of a Transformer, checked once, and the named remat policies."""
+"""The options of a Transformer: documented, defaulted and checked once; and the named remat policies.
+
+`Spec` is the config reference of the decoder, `EncoderSpec` that of the encoder: `taking` gives the
+functions that build them these fields as their signature.
+"""
 
 from __future__ import annotations
 
+import inspect
+import typing
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import jax
 
@@ -13,6 +21,8 @@ from bigmodel_jax.models.attention import BACKENDS
 POSITIONS = ("learned", "sinusoidal", "rotary", "alibi", "none")
 PLACEMENTS = ("pre", "post", "sandwich")
 RESIDUALS = ("sequential", "parallel")
+HEADS = ("lm", "classes", "tokens", "spans", "none")
+POOLINGS = ("first", "mean", "last")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 _SAVE = jax.checkpoint_policies
@@ -31,65 +41,123 @@ REMAT = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Spec:
-    """Options of `decoder` and `encoder`, checked; documented there."""
+    """Options of `decoder`; the defaults are GPT-2 small (Radford et al. 2019).
 
-    causal: bool
+    num_kv_heads: 0 means num_heads; 1 is multi-query, between is grouped-query attention.
+    head_dim: 0 means embed_dim / num_heads.
+    mlp_dim: 0 means 4 * embed_dim.
+    max_length: rows of the learned position table; other positions have no limit.
+    positions: learned, sinusoidal, rotary, alibi or none.
+    rope_fraction: share of each head's features that is rotated.
+    norm_placement: pre; post (as in 2017: no final norm); sandwich (before and after).
+    activation: gelu (tanh), gelu_exact, relu, swiglu, geglu.
+    residual: sequential, or parallel (attention and feed-forward read the same input).
+    window: a query sees itself and window - 1 tokens before it (in an encoder, and behind it); 0 sees all.
+    attention_scale: factor of the scores; 0 means 1 / sqrt(head_dim).
+    attention_softcap, final_softcap: cap * tanh(x / cap) of scores and logits; 0 for none.
+    embed_scale: factor of the token embeddings, e.g. sqrt(embed_dim).
+    token_types: rows of the token type table; 0 for none.
+    head: what the model puts out for each hidden state.
+      lm: logits over the vocabulary (an encoder first has a dense layer, activation and norm);
+      classes: num_classes logits of the pooled text; Output.hidden is then pooled, [B, D];
+      tokens: num_classes logits of each token; spans: start and end logits of each token;
+      none: the hidden states themselves.
+    num_classes: 0 takes it from the data.
+    pooling: first, mean or last (of the tokens whose segment is not 0), where a text is pooled.
+    pooler: dense layer and tanh on the pooled state, as in BERT; with another head than classes its
+      result is Output.extra["pooled"].
+    nsp: next-sentence logits [B, 2] as Output.extra["nsp"]; needs the pooler.
+    tied_embeddings, head_bias: the first is of the vocabulary's output matrix, the second of any head.
+    head_dropout: of what the heads classes and tokens read.
+    init: normal, truncated or fan_in; init_std is the deviation of the first two.
+    depth_scaled_init: output projections start smaller by sqrt(2 num_layers).
+    attention: backend, see models/attention.py.
+    unroll: layers per step of the scan over layers; the parameters stay the same.
+    remat: what the backward pass keeps: none, dots, minimal, attention or full (see REMAT).
+    dtype, param_dtype: of computation and of parameters.
+
+    Raises:
+      InputError: options that do not fit together.
+    """
+
+    causal: ClassVar[bool] = True
+    cross: ClassVar[bool] = False  # whether each layer also attends to a memory
+
     vocab_size: int
-    num_layers: int
-    embed_dim: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    mlp_dim: int
-    max_length: int
-    positions: str
-    rope_theta: float
-    rope_fraction: float
-    norm: str
-    norm_eps: float
-    norm_bias: bool
-    norm_placement: str
-    embed_norm: bool
-    activation: str
-    bias: bool
-    residual: str
-    qk_norm: bool
-    window: int
-    attention_softcap: float
-    final_softcap: float
-    tied_embeddings: bool
-    head_bias: bool
-    embed_scale: float
-    token_types: int
-    mlm_head: bool
-    dropout: float
-    attention_dropout: float
-    embed_dropout: float
-    init: str
-    init_std: float
-    depth_scaled_init: bool
-    attention: str
-    unroll: int
-    remat: str
-    dtype: str
-    param_dtype: str
+    num_layers: int = 12
+    embed_dim: int = 768
+    num_heads: int = 12
+    num_kv_heads: int = 0
+    head_dim: int = 0
+    mlp_dim: int = 0
+    max_length: int = 1024
+    positions: str = "learned"
+    rope_theta: float = 10_000.0
+    rope_fraction: float = 1.0
+    norm: str = "layernorm"
+    norm_eps: float = 1e-5
+    norm_bias: bool = True
+    norm_placement: str = "pre"
+    embed_norm: bool = False
+    activation: str = "gelu"
+    bias: bool = True
+    residual: str = "sequential"
+    qk_norm: bool = False
+    window: int = 0
+    attention_scale: float = 0.0
+    attention_softcap: float = 0.0
+    final_softcap: float = 0.0
+    embed_scale: float = 1.0
+    token_types: int = 0
+    head: str = "lm"
+    num_classes: int = 0
+    pooling: str = "last"
+    pooler: bool = False
+    nsp: bool = False
+    tied_embeddings: bool = True
+    head_bias: bool = False
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    embed_dropout: float = 0.0
+    head_dropout: float = 0.0
+    init: str = "normal"
+    init_std: float = 0.02
+    depth_scaled_init: bool = True
+    attention: str = "auto"
+    unroll: int = 1
+    remat: str = "minimal"
+    dtype: str = "float32"
+    param_dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        self._fill("num_kv_heads", self.num_heads)
+        self._fill("mlp_dim", 4 * self.embed_dim)
+        if not self.head_dim and (self.num_heads < 1 or self.embed_dim % self.num_heads):
+            raise InputError(f"num_heads={self.num_heads} does not divide embed_dim={self.embed_dim}; set head_dim")
+        self._fill("head_dim", self.embed_dim // max(self.num_heads, 1))
         for option, legal in (
             ("positions", POSITIONS), ("norm", tuple(ops.NORMS)), ("norm_placement", PLACEMENTS),
             ("activation", tuple(ops.ACTIVATIONS)), ("residual", RESIDUALS), ("init", ops.INITS),
-            ("attention", ("auto", *BACKENDS)), ("remat", tuple(REMAT)),
-            ("dtype", DTYPES), ("param_dtype", DTYPES),
+            ("attention", ("auto", *BACKENDS)), ("remat", tuple(REMAT)), ("head", HEADS),
+            ("pooling", POOLINGS), ("dtype", DTYPES), ("param_dtype", DTYPES),
         ):  # fmt: skip
             ops.one_of(option, getattr(self, option), legal)
         for option in ("vocab_size", "num_layers", "embed_dim", "num_heads", "mlp_dim", "max_length", "unroll"):
             if getattr(self, option) < 1:
                 raise InputError(f"{option}={getattr(self, option)} must be at least 1")
-        for option in ("dropout", "attention_dropout", "embed_dropout"):
+        for option in ("dropout", "attention_dropout", "embed_dropout", "head_dropout"):
             if not 0.0 <= getattr(self, option) < 1.0:
                 raise InputError(f"{option}={getattr(self, option)} must be in [0, 1)")
+        self._check_attention()
+        self._check_head()
+
+    def _fill(self, option: str, size: int) -> None:
+        """A size left at 0 follows from others."""
+        object.__setattr__(self, option, getattr(self, option) or size)
+
+    def _check_attention(self) -> None:
         if self.num_heads % self.num_kv_heads:
             legal = [d for d in range(1, self.num_heads + 1) if self.num_heads % d == 0]
             raise InputError(
@@ -100,6 +168,50 @@ class Spec:
         if self.positions == "rotary" and self.rotary_dim < 2:
             raise InputError(f"rotary positions need head_dim * rope_fraction >= 2, not {self.rotary_dim}")
 
+    def _check_head(self) -> None:
+        if self.head in ("classes", "tokens") and self.num_classes < 1:
+            raise InputError(f"head='{self.head}' needs num_classes, at least 1")
+        if self.nsp and not (self.pooler and self.head == "lm"):
+            raise InputError("nsp=True needs pooler=True and head='lm'")
+
     @property
     def rotary_dim(self) -> int:
         return int(self.head_dim * self.rope_fraction) // 2 * 2
+
+    @property
+    def mlm_transform(self) -> bool:
+        """Whether a dense layer, activation and norm come before the vocabulary (BERT, section A)."""
+        return self.head == "lm" and not self.causal
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderSpec(Spec):
+    """Options of `encoder`, those of Spec; the defaults are BERT base (Devlin et al. 2019)."""
+
+    causal: ClassVar[bool] = False
+
+    max_length: int = 512
+    norm_eps: float = 1e-12
+    norm_placement: str = "post"
+    embed_norm: bool = True
+    activation: str = "gelu_exact"
+    token_types: int = 2
+    pooling: str = "first"
+    head_bias: bool = True
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    embed_dropout: float = 0.1
+    head_dropout: float = 0.1
+    init: str = "truncated"
+    depth_scaled_init: bool = False
+
+
+def taking(spec: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: the function shows the fields of `spec` as its keywords, types and defaults."""
+
+    def dress(fn: Callable[..., Any]) -> Callable[..., Any]:
+        fn.__signature__ = inspect.signature(spec)
+        fn.__annotations__ = typing.get_type_hints(spec.__init__)
+        return fn
+
+    return dress
