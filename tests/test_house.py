@@ -20,7 +20,7 @@ FLOORS = {
     "learn": 4, "generate": 4,
     "models": 3, "metrics": 3, "events": 3,
     "parallel": 2,
-    "tree": 1, "flops": 1, "data": 1, "schema": 1, "fingerprint": 1,
+    "tree": 1, "flops": 1, "data": 1, "measures": 1, "schema": 1, "fingerprint": 1,
     "errors": 0, "": 0,
 }  # fmt: skip
 NEVER_EACH_OTHER = [("learn", "models")]
@@ -69,8 +69,8 @@ def violations(name: str, source: str) -> list[str]:
         top = module.split(".")[0]
         if top in ONLY and name not in ONLY[top]:
             out.append(f"{name} imports {module}")
-        if top == "jax" and name == "data":
-            out.append(f"data imports {module}")
+        if top == "jax" and name in ("data", "measures"):
+            out.append(f"{name} imports {module}")
         if top == "configs":
             out.append(f"{name} imports configs")
     return out
