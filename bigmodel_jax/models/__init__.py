@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from bigmodel_jax.models.model import Model, Output
+from bigmodel_jax.models.recurrent import recurrent_classifier, recurrent_lm
 from bigmodel_jax.models.resnet import resnet
 from bigmodel_jax.models.transformer import decoder, encoder
 
-MODELS = {"decoder": decoder, "encoder": encoder, "resnet": resnet}
+MODELS = {
+    "decoder": decoder,
+    "encoder": encoder,
+    "resnet": resnet,
+    "recurrent_lm": recurrent_lm,
+    "recurrent_classifier": recurrent_classifier,
+}
 
 __all__ = ["MODELS", "Model", "Output"]

@@ -37,6 +37,9 @@ class Options(NamedTuple):
     unroll: int = 1
 
 
+PLAIN = Options()
+
+
 class Cell(NamedTuple):
     """gates: A. states: arrays carried over time, h first. step(x [B, A, H], state, weights, options)
     -> state; x is the input's share of the gates, bias included."""
@@ -124,7 +127,7 @@ def run(
     valid: jax.Array | None = None,
     fresh: jax.Array | None = None,
     reverse: bool = False,
-    options: Options = Options(),
+    options: Options = PLAIN,
 ) -> tuple[State, State]:
     """A cell over time.
 
