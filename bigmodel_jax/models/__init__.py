@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bigmodel_jax.models.encdec import encoder_decoder
 from bigmodel_jax.models.model import Model, Output
 from bigmodel_jax.models.recurrent import recurrent_classifier, recurrent_lm
 from bigmodel_jax.models.resnet import resnet
@@ -10,6 +11,7 @@ from bigmodel_jax.models.transformer import decoder, encoder
 MODELS = {
     "decoder": decoder,
     "encoder": encoder,
+    "encoder_decoder": encoder_decoder,
     "resnet": resnet,
     "recurrent_lm": recurrent_lm,
     "recurrent_classifier": recurrent_classifier,

@@ -77,3 +77,23 @@ def alibi_slopes(heads: int) -> np.ndarray:
     slopes = 2.0 ** (-8.0 / below * np.arange(1, below + 1))
     extra = 2.0 ** (-8.0 / (2 * below) * np.arange(1, 2 * below + 1))[0::2]
     return np.concatenate([slopes, extra[: heads - below]])
+
+
+def relative_buckets(gap: jax.Array, both_sides: bool, buckets: int, far: int) -> jax.Array:
+    """Number of the bucket that each distance belongs to (Raffel et al. 2020, section 2.1), int32.
+
+    Half of the buckets hold one distance each, the others grow geometrically up to `far`; all larger
+    distances share the last. With `both_sides` keys behind the query have the second half of the buckets;
+    else they count as distance 0 (they are masked).
+
+    Args:
+      gap: query index - key index, any shape.
+    """
+    own = buckets // 2 if both_sides else buckets
+    exact = own // 2
+    distance = np.arange(max(far, exact) + 1)
+    growth = np.log(np.maximum(distance, 1).astype(np.float32) / exact) / np.float32(math.log(far / exact))
+    large = np.minimum(exact + (growth * (own - exact)).astype(np.int32), own - 1)
+    table = jnp.asarray(np.where(distance < exact, distance, large), jnp.int32)
+    at = jnp.abs(gap) if both_sides else jnp.maximum(gap, 0)
+    return table[jnp.minimum(at, len(table) - 1)] + (own * (gap < 0).astype(jnp.int32) if both_sides else 0)

@@ -26,14 +26,22 @@ from bigmodel_jax.parallel.rules import constrain
 
 
 class Embed(nn.Module):
-    """Tokens, absolute positions and token types to x [B, L, D]; also returns the token table."""
+    """Tokens, absolute positions and token types to x [B, L, D]; also returns the token table, its own or one it shares."""
 
     spec: Spec
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, positions: jax.Array, plain: bool, token_types: jax.Array | None):
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        plain: bool,
+        token_types: jax.Array | None,
+        table: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
         spec, dim = self.spec, self.spec.embed_dim
-        table = weight(self, "tokens", (spec.vocab_size, dim), ("vocab", "embed"), dim, spec)
+        if table is None:
+            table = weight(self, "tokens", (spec.vocab_size, dim), ("vocab", "embed"), dim, spec)
         x = ops.lookup(table, tokens)
         if spec.embed_scale != 1.0:
             x = x * jnp.asarray(spec.embed_scale, x.dtype)
@@ -85,16 +93,17 @@ class Transformer(nn.Module):
         if spec.positions == "rotary":
             rope = rotary_table(positions, spec.rotary_dim, spec.rope_theta, ops.wide(x.dtype))
         held = None if cache is None else {name: cache[name] for name in ("k", "v")}
-        (x, held), _ = _stack(spec)((x, held), jnp.arange(spec.num_layers), Context(mask, rope, keys, length))
+        (x, held), routed = stack(spec)((x, held), jnp.arange(spec.num_layers), Context(mask, rope, keys, length))
         if spec.norm_placement != "post":
             x = norm(spec, "norm_final", x)
         if cache is not None:
             held["length"] = length + tokens.shape[1]
         x, extra = read_out(spec, x, segments, keys)
-        return Output(x, Head(spec, name="head")(table), held, extra=extra)
+        return Output(x, Head(spec, name="head")(table), held, extra=extra | (routed or {}))
 
 
-def _stack(spec: Spec) -> nn.Module:
+def stack(spec: Spec) -> nn.Module:
+    """N layers as one scan: ((x, cache), numbers, context) -> ((x, cache), what each layer's router says)."""
     block = Block
     if spec.remat != "none":
         # Inside a scan the loop already keeps XLA from merging both computations.
@@ -102,7 +111,7 @@ def _stack(spec: Spec) -> nn.Module:
     return nn.scan(
         block,
         length=spec.num_layers,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, "stats": 0, "updates": 0},
         split_rngs={"params": True},
         in_axes=(0, nn.broadcast),
         unroll=min(spec.unroll, spec.num_layers),
