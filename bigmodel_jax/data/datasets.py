@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 
 from bigmodel_jax.data import images
+from bigmodel_jax.data.labelled import LabelledText
 from bigmodel_jax.data.loaded import Loaded, Progress, Spec, ramp
+from bigmodel_jax.data.numeric import NumericTable
 from bigmodel_jax.data.pipeline import Pipeline
 from bigmodel_jax.data.prepare import prepare
 from bigmodel_jax.data.storage import cache_root
@@ -187,10 +189,12 @@ class _Images:
             *fit, images.Scale(), *filter(None, parts), *colour, *filter(None, late), Weigh(),
         )  # fmt: skip
         plain = (*fit_eval, images.Scale(), *colour, Weigh())
+        height, width, channels = self.shape()
         return Loaded(
             Pipeline(train, ramp(batch_size), seed, augment),
             {"validation": Pipeline(held_out, eval_batch_size, seed, plain, shuffle=False)},
-            num_classes=classes, in_channels=self.shape()[-1], prefers_tfdata=isinstance(train, Tfds),
+            num_classes=classes, in_channels=channels, prefers_tfdata=isinstance(train, Tfds),
+            image_size=height if height == width else 0, num_features=height * width * channels,
         )  # fmt: skip
 
 
@@ -258,4 +262,6 @@ DATASETS: dict[str, Any] = {
     "digits": Digits,
     "mnist5k": Mnist5k,
     "tfds_images": TfdsImages,
+    "table": NumericTable,
+    "labelled_text": LabelledText,
 }

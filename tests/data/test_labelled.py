@@ -1,0 +1,96 @@
+"""Labelled texts: rows, splits and report of a small table, and everything that is refused."""
+
+import logging
+
+import numpy as np
+import pytest
+
+from bigmodel_jax.data.framing import Cut, fit_pair, frame_texts
+from bigmodel_jax.data.labelled import LabelledText
+from bigmodel_jax.data.tokenizer import Bytes
+from bigmodel_jax.errors import InputError
+
+
+def table(folder, rows=60, name="train.csv"):
+    lines = [f"text {i},{'rare' if i % 12 == 0 else 'often'},m{i // 4}" for i in range(rows)]
+    (folder / name).write_text("text,label,movie\n" + "\n".join(lines) + "\n")
+    return str(folder / name)
+
+
+def load(**options):
+    return LabelledText(**options).load(seed=1, batch_size=8, eval_batch_size=8)
+
+
+def test_rows_are_framed_cut_and_padded():
+    tokenizer, cut = Bytes(), Cut()
+    rows = frame_texts(tokenizer, ["abc", "abcdefgh"], None, 6, cut)
+    np.testing.assert_array_equal(rows["tokens"], [[256, 97, 98, 99, 256, 257], [256, 97, 98, 99, 100, 256]])
+    np.testing.assert_array_equal(rows["segments"], [[1, 1, 1, 1, 1, 0], [1] * 6])
+    assert cut.report() == {"rows": 2, "truncated": 1, "tokens": 11, "tokens_lost": 4}
+    tokenizer.cls, tokenizer.sep = 3, 4
+    pair = frame_texts(tokenizer, ["ab"], ["cdef"], 8, Cut())
+    np.testing.assert_array_equal(pair["tokens"], [[3, 97, 98, 4, 99, 100, 101, 4]])
+    np.testing.assert_array_equal(pair["token_types"], [[0, 0, 0, 0, 1, 1, 1, 1]])
+    with pytest.raises(InputError, match="no room"):
+        frame_texts(tokenizer, ["a"], ["b"], 3, Cut())
+
+
+@pytest.mark.parametrize("room", [1, 4, 7, 10, 30])
+def test_the_longer_of_two_is_cut_first(room):
+    for a in range(12):
+        for b in range(12):
+            n, m = a, b
+            while n + m > room:
+                n, m = (n - 1, m) if n >= m else (n, m - 1)
+            assert fit_pair(a, b, room) == (n, m)
+
+
+def test_a_table_becomes_splits_with_a_report(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="bigmodel_jax"):
+        found = load(train=table(tmp_path), length=16, folds=3, fold=1, validation_share=0.2, group="movie")
+    assert found.num_classes == 2 and found.report["classes"] == ["often", "rare"]
+    counts = found.report["counts"]
+    assert sum(sum(c.values()) for c in counts.values()) == 60 and min(counts["test"].values()) >= 1
+    assert {n: len(p) for n, p in found.evals.items()} == {n: sum(counts[n].values()) for n in ("validation", "test")}
+    said = " ".join(caplog.messages)
+    assert "rare 6.2%" in said and "balanced objective.class_weights" in said
+    batch = found.train.batch(0)
+    assert {k: (v.shape, str(v.dtype)) for k, v in batch.items()} == {
+        k: ((8, *shape), dtype) for k, (shape, dtype) in LabelledText(length=16).spec().items()
+    }
+    text = Bytes().decode(batch["tokens"][0])
+    assert batch["label"][0] == (int(text.split()[1]) % 12 == 0)
+    movies = {n: {int(Bytes().decode(row).split()[1]) // 4 for row in p.source.gather(np.arange(len(p)))["tokens"]}
+              for n, p in {"train": found.train, **found.evals}.items()}  # fmt: skip
+    assert not (movies["train"] & movies["test"] or movies["train"] & movies["validation"])
+    other = load(train=table(tmp_path), length=16, folds=3, fold=2, validation_share=0.2, group="movie")
+    assert other.fingerprint != found.fingerprint
+    again = load(train=table(tmp_path), length=16, folds=3, fold=1, validation_share=0.2, group="movie")
+    assert again.fingerprint == found.fingerprint
+
+
+def test_test_rows_leave_the_training_set(tmp_path):
+    train, test = table(tmp_path, 24), table(tmp_path, 6, "test.csv")
+    kept = load(train=train, test=test, validation_share=0.0, length=16)
+    assert kept.report["duplicates"]["between"]["train/test"] == {"exact": 6, "normalised": 6}
+    dropped = load(train=train, test=test, validation_share=0.0, length=16, drop_duplicates="exact")
+    assert len(kept.train) == 24 and len(dropped.train) == 18 and len(dropped.evals["test"]) == 6
+    assert dropped.report["duplicates"]["after_splitting"]["train/test"]["exact"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"label": "labels"}, "no column 'labels'; did you mean 'label'"),
+        ({"classes": ("often",)}, "only the label"),
+        ({"classes": ("often", "never")}, "label 'rare' is not one of"),
+        ({"classes": ("often", "never"), "other_labels": "drop"}, "no training row has the label 'never'"),
+        ({"folds": 3, "fold": 3}, "data.fold 3 must lie in 0..2"),
+        ({"validation_share": 0.0}, "nothing is held out"),
+        ({"group": "film"}, "no column 'film'"),
+        ({"train": ""}, "must name the training files"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(tmp_path, options, message):
+    with pytest.raises(InputError, match=message):
+        load(**{"train": table(tmp_path), "length": 16} | options)
