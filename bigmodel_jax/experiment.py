@@ -26,7 +26,7 @@ from bigmodel_jax.learn import optim, schedules
 from bigmodel_jax.learn.objectives import OBJECTIVES, Objective
 from bigmodel_jax.models import MODELS
 from bigmodel_jax.models.model import Model
-from bigmodel_jax.parallel.mesh import check_batch, make_mesh
+from bigmodel_jax.parallel.mesh import check_batch, fill, make_mesh
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Eval:
-    """every: steps between evaluations (0: only at the end). batches: 0 is the whole set, once."""
+    """every: steps between evaluations (0: only at the end). batches: 0 is the whole set, once.
+
+    batch_size is rounded up to fill the devices alike; the result does not depend on it."""
 
     every: int = 0
     batch_size: int = 32
@@ -173,7 +175,7 @@ NAMED = {
     "data": (DATASETS,),
 }
 # Model sizes that a config may leave to the data.
-FROM_DATA = ("vocab_size", "num_classes", "in_channels")
+FROM_DATA = ("vocab_size", "source_vocab_size", "num_classes", "in_channels", "image_size", "num_features")
 DERIVED = tuple(f"model.{leaf}" for leaf in FROM_DATA)
 # How a run is carried out. These may differ between a run and its continuation.
 MECHANICS = ("mesh", "runtime", "log", "checkpoint", "microbatch")
@@ -220,6 +222,11 @@ class Experiment:
             return "tfdata" if self.data.prefers_tfdata and not several else "numpy"
         return wanted
 
+    @property
+    def eval_rows(self) -> int:
+        """Rows of an evaluation batch: eval.batch_size, and what it lacks to fill every device alike."""
+        return fill(self.config["eval"]["batch_size"], self.mesh)
+
     def cut(self, batch_size: int) -> tuple[int, int]:
         """(accumulation steps A, rows of a microbatch M) for a global batch size."""
         accumulation = check_batch(batch_size, min(self.run.microbatch, batch_size), self.mesh)
@@ -230,9 +237,14 @@ class Experiment:
         if "image" in self.spec:
             height, width, _ = self.spec["image"][0]
             tokens, forward = 0, self.model.flops(height, width)
+        elif "features" in self.spec:
+            tokens, forward = 0, self.model.flops()
         else:
             (tokens,) = self.spec["tokens"][0]
-            forward = tokens * self.model.flops(tokens)
+            forward = tokens * self.model.flops(tokens) if self.model.encode is None else 0.0
+            if self.model.encode is not None:
+                (source,) = self.spec["source"][0]
+                tokens, forward = source + tokens, self.model.flops(source, tokens)
         device = self.mesh.devices.flat[0]
         peak = flops.peak(device.device_kind, self.config["model"]["dtype"])
         return {
@@ -337,7 +349,7 @@ def build(
         data = dataset.load(
             seed=run.seed,
             batch_size=run.batch_size,
-            eval_batch_size=config["eval"]["batch_size"],
+            eval_batch_size=fill(config["eval"]["batch_size"], mesh),
             progress=progress,
         )
     _fit_model_to_data(config, data)
@@ -361,7 +373,6 @@ def build(
                 f"must be 0 or {size}"
             )
         _check_groups(config["model"], *experiment.cut(size))
-    check_batch(config["eval"]["batch_size"], 0, mesh)
     return experiment
 
 
@@ -381,6 +392,8 @@ def _check_groups(model: Mapping[str, Any], accumulation: int, rows: int) -> Non
 def _check_sizes(run: Run, config: Mapping[str, Any]) -> None:
     if run.steps < 1:
         raise InputError(f"config leaf 'steps' = {run.steps} should be at least 1")
+    if config["eval"]["batch_size"] < 1:
+        raise InputError(f"config leaf 'eval.batch_size' = {config['eval']['batch_size']} should be at least 1")
     if config["guard"]["policy"] not in ("skip", "crash"):
         raise InputError(f"config leaf 'guard.policy' = {config['guard']['policy']!r} should be skip or crash")
     if config["runtime"]["input"] not in ("auto", "numpy", "tfdata"):
@@ -400,6 +413,8 @@ def _fit_model_to_data(config: dict[str, Any], data: Loaded | None) -> None:
         if leaf not in model or (leaf == "num_classes" and model.get("head") in ("lm", "spans", "none")):
             continue
         found = getattr(data, leaf) if data is not None else 0
+        if leaf == "source_vocab_size" and (not found or data.vocab_size == model[leaf]):
+            continue  # source and target share a vocabulary, with one table or two
         if model[leaf] == 0 and not found:
             raise InputError(f"config leaf 'model.{leaf}' must be given when there is no data to take it from")
         if model[leaf] == 0:

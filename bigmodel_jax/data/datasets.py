@@ -18,6 +18,7 @@ from bigmodel_jax.data import images
 from bigmodel_jax.data.labelled import LabelledText
 from bigmodel_jax.data.loaded import Loaded, Progress, Spec, ramp
 from bigmodel_jax.data.numeric import NumericTable
+from bigmodel_jax.data.pairs import Cmudict, Pairs
 from bigmodel_jax.data.pipeline import Pipeline
 from bigmodel_jax.data.prepare import prepare
 from bigmodel_jax.data.storage import cache_root
@@ -264,4 +265,6 @@ DATASETS: dict[str, Any] = {
     "tfds_images": TfdsImages,
     "table": NumericTable,
     "labelled_text": LabelledText,
+    "pairs": Pairs,
+    "cmudict": Cmudict,
 }

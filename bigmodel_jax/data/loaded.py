@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from bigmodel_jax.data.order import BatchRamp
@@ -16,7 +16,16 @@ Progress = Callable[[str, float, float], None] | None
 class Loaded(NamedTuple):
     """Pipelines of one data set. Sizes that do not apply are 0.
 
-    report: what a person should know of the data (class counts, duplicates, what was cut), JSON values.
+    image_size: side of square images. num_features: numbers per row, of images all of their values.
+    num_classes: classes, or numbers to predict in a regression.
+
+    source_tokenizer, source_vocab_size: of an encoder's text where it is not the decoder's; decoder_start: the
+    token that a decoder's text begins with.
+    report: what a person should know of the data (class counts, duplicates, what was cut), JSON values;
+      "classes" are the names of the labels.
+    about: {evaluation set: {column: one value per example of its source}}, what `bigmodel eval` uses beside
+      the batches: "text" shown to people, "references" (accepted texts, a list each) that make it a
+      generation task, "group" (examples of one group are not independent).
     """
 
     train: Pipeline
@@ -25,8 +34,14 @@ class Loaded(NamedTuple):
     vocab_size: int = 0
     num_classes: int = 0
     in_channels: int = 0
+    image_size: int = 0
+    num_features: int = 0
     prefers_tfdata: bool = False
     report: dict[str, Any] = {}
+    about: Mapping[str, Mapping[str, Sequence[Any]]] = {}
+    source_tokenizer: Any = None
+    source_vocab_size: int = 0
+    decoder_start: int = -1
 
     @property
     def fingerprint(self) -> str:

@@ -149,6 +149,32 @@ def masked_lm(chunk: int = 0, z_loss: float = 0.0, label_smoothing: float = 0.0)
     return Objective(weights, sums, records=records)
 
 
+def seq2seq(chunk: int = 0, z_loss: float = 0.0, label_smoothing: float = 0.0) -> Objective:
+    """Next target token, given the source (Sutskever et al. 2014). Batch: source [B, S], tokens, targets,
+    weights [B, L]; optional source_segments, source_positions [B, S], segments, positions [B, L].
+
+    Args: as in `losses.cross_entropy`.
+    """
+    names = ("source", "source_segments", "source_positions", "tokens", "segments", "positions")
+
+    def sums(
+        apply: Callable, variables: Any, batch: Batch, rngs: Any = None, train: bool = True
+    ) -> tuple[Terms, Metrics, Any]:
+        out = apply(variables, train=train, rngs=rngs, **_inputs(batch, *names))
+        w = batch["weights"]
+        loss, aux = losses.cross_entropy(
+            out.hidden, out.head, batch["targets"], w,
+            chunk=chunk, z_loss=z_loss, label_smoothing=label_smoothing,
+        )  # fmt: skip
+        return {"loss": loss}, _token_metrics(aux, _wide_sum(w)), out.updates
+
+    def records(apply: Callable, variables: Any, batch: Batch) -> dict[str, jax.Array]:
+        out = apply(variables, train=False, **_inputs(batch, *names))
+        return token_records(out.hidden, out.head, batch["targets"], batch["weights"], chunk=chunk)
+
+    return Objective(lambda batch: {"loss": _wide_sum(batch["weights"])}, sums, records=records)
+
+
 def classification(label_smoothing: float = 0.0, class_weights: tuple = ()) -> Objective:
     """One label per example: of images, of token sequences, or of tables. Batch: image [B, H, W, C], or
     tokens [B, L] with optional segments, positions and token_types, or features [B, F]; label [B], weights
@@ -278,6 +304,38 @@ def span_logits(out: Any, batch: Batch) -> jax.Array:
     return jnp.where(batch["segments"][:, None] > 0, logits, jnp.finfo(logits.dtype).min)
 
 
+def regression() -> Objective:
+    """Least squares. Batch: features [B, F] or any input that `classification` takes, target [B, T], weights [B].
+
+    An example costs the mean of its T squared errors. Metrics: mse (that) and mae, the same of absolute errors.
+    """
+
+    def errors(apply: Callable, variables: Any, batch: Batch, **how: Any) -> tuple[jax.Array, Any]:
+        inputs = _inputs(batch, "image", "features", "tokens", "segments", "positions", "token_types")
+        out = apply(variables, **how, **inputs)
+        predicted = _wide(out.head(out.hidden))
+        if predicted.shape != batch["target"].shape:
+            wanted = batch["target"].shape[1:]
+            raise InputError(f"the model predicts {predicted.shape[1:]} numbers, the target has {wanted}")
+        return predicted - batch["target"], out
+
+    def sums(
+        apply: Callable, variables: Any, batch: Batch, rngs: Any = None, train: bool = True
+    ) -> tuple[Terms, Metrics, Any]:
+        error, out = errors(apply, variables, batch, train=train, rngs=rngs)
+        w = batch["weights"].astype(error.dtype)
+        loss, total = jnp.sum(w * jnp.mean(jnp.square(error), -1)), jnp.sum(w)
+        metrics = {"mse": (loss, total), "mae": (jnp.sum(w * jnp.mean(jnp.abs(error), -1)), total)}
+        return {"loss": loss}, metrics, out.updates
+
+    def records(apply: Callable, variables: Any, batch: Batch) -> dict[str, jax.Array]:
+        error, _ = errors(apply, variables, batch, train=False)
+        given = {"target": batch["target"], "prediction": error + batch["target"]}
+        return {"loss": jnp.mean(jnp.square(error), -1)} | given
+
+    return Objective(lambda batch: {"loss": _wide_sum(batch["weights"])}, sums, records=records)
+
+
 def _wide(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
@@ -303,7 +361,9 @@ def _ranks(logits: jax.Array, shares: list[tuple[jax.Array, jax.Array]]) -> Term
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "causal_lm": causal_lm,
     "masked_lm": masked_lm,
+    "seq2seq": seq2seq,
     "classification": classification,
     "token_classification": token_classification,
     "spans": spans,
+    "regression": regression,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bigmodel_jax.models.encdec import encoder_decoder
+from bigmodel_jax.models.mlp import linear, mlp
 from bigmodel_jax.models.model import Model, Output
 from bigmodel_jax.models.recurrent import recurrent_classifier, recurrent_lm
 from bigmodel_jax.models.resnet import resnet
@@ -13,6 +14,8 @@ MODELS = {
     "encoder": encoder,
     "encoder_decoder": encoder_decoder,
     "resnet": resnet,
+    "linear": linear,
+    "mlp": mlp,
     "recurrent_lm": recurrent_lm,
     "recurrent_classifier": recurrent_classifier,
 }
