@@ -1,7 +1,8 @@
-"""An evaluation set exactly once, as sums.
+"""An evaluation set exactly once, as sums or as one record per example.
 
 The last batch is filled with rows of weight zero, sums add up over batches, and only the final
-division makes a mean of them: the result does not depend on batch size or device count.
+division makes a mean of them: the result does not depend on batch size or device count. Where a
+measure is no sum (AUC, an interval), records are gathered by example id, and padding is dropped by it.
 """
 
 from __future__ import annotations
@@ -73,3 +74,44 @@ def evaluate(
         add(pending)
     out = means({name: (float(pair[0]), float(pair[1])) for name, pair in total.items()}, coefficients)
     return {**out, "examples": float(min(len(pipeline.source), number * batch_size))}
+
+
+def collect(
+    step: Callable[[Any, Any], Any],
+    state: Any,
+    pipeline: Pipeline,
+    sharding: jax.sharding.Sharding,
+    batch_size: int,
+    *,
+    batches: int = 0,
+) -> dict[str, np.ndarray]:
+    """The records of an evaluation set, each example once, ordered by "id" [n] (its number in the source).
+
+    Args:
+      step: compiled; (state, batch with leaves [M, ...]) -> {name: [M, ...]}, whole on every process.
+      sharding, batches: as in `evaluate`.
+
+    All records are held in memory: an objective keeps them small (sums of a row's tokens, not logits).
+    """
+    number = pipeline.num_eval_batches
+    number = min(batches, number) if batches else number
+    parts: list[dict[str, np.ndarray]] = []
+    pending: tuple[np.ndarray, Any] | None = None
+
+    def settle() -> None:
+        if pending is not None:
+            ids, out = pending
+            kept = ids >= 0
+            parts.append({"id": ids[kept]} | {k: np.asarray(v)[kept] for k, v in jax.device_get(out).items()})
+
+    for index in range(number):
+        batch = global_batch(lambda rows, i=index: pipeline.batch(i, rows), sharding, (batch_size,))
+        out = step(state, batch)
+        settle()
+        pending = pipeline.ids(index), out
+    settle()
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    order = np.argsort(joined["id"], kind="stable")
+    if len(np.unique(joined["id"])) != len(order):
+        raise ValueError("an evaluation set gave an example twice")
+    return {name: value[order] for name, value in joined.items()}

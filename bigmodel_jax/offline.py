@@ -52,8 +52,8 @@ def evaluate_run(path: str, overrides: Sequence[str], step: int | None = None) -
     settings = exp.section("eval")
     results = {
         name: evaluate(
-            programs.evaluate(name, settings.batch_size, spec(pipeline)), state, pipeline,
-            programs.eval_sharding, settings.batch_size,
+            programs.evaluate(name, exp.eval_rows, spec(pipeline)), state, pipeline,
+            programs.eval_sharding, exp.eval_rows,
             coefficients=exp.objective.coefficients, batches=settings.batches,
         )
         for name, pipeline in exp.data.evals.items()

@@ -16,6 +16,7 @@ import jax
 
 from bigmodel_jax import tree
 from bigmodel_jax.data.storage import cache_root
+from bigmodel_jax.errors import InputError
 from bigmodel_jax.experiment import Experiment
 from bigmodel_jax.learn import optim
 from bigmodel_jax.learn import state as states
@@ -170,6 +171,19 @@ class Programs:
             self._started[name].set_result(self.lower_evaluate(rows, spec).compile())
         return self._started[name].result()
 
+    def records(self, rows: int, spec: Any) -> Any:
+        """The compiled records of batches of `rows`: (state, batch) -> {name: [rows, ...]}.
+
+        Raises:
+          InputError: the objective has none.
+        """
+        exp = self.exp
+        if exp.objective.records is None:
+            raise InputError(f"objective '{exp.config['objective']['name']}' gives no per-example records")
+        fn = steps.make_record_step(exp.model.apply, exp.objective, mesh=exp.mesh, ema=self.ema > 0)
+        batch = abstract_batch(spec, self.eval_sharding, (rows,))
+        return steps.jit_eval_step(fn, self.shardings, exp.mesh).lower(self.state, batch).compile()
+
     def eval_variables(self, state: Any) -> dict[str, Any]:
         """Parameters to evaluate and sample with: the average where one is kept."""
-        return {"params": state["ema" if self.ema else "params"], "stats": state["stats"]}
+        return states.variables(state, self.ema > 0)

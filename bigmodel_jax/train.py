@@ -96,7 +96,7 @@ class _Run:
             Log(workdir, tensorboard=self.settings["log"].tensorboard, enabled=hosts.is_first())
         )
         clock.describe(**exp.work())
-        rows = self.settings["eval"].batch_size
+        rows = exp.eval_rows
         self.evals = {name: (rows, spec(pipeline)) for name, pipeline in exp.data.evals.items()}
         self.key = jax.random.key(exp.run.seed)
         self.saved = -1
@@ -243,7 +243,7 @@ class _Run:
                     self.watchdog.pat(grace_s=COMPILE_GRACE_S)
                     found = evaluate(
                         self.programs.evaluate(name, *self.evals[name]), state, pipeline,
-                        self.programs.eval_sharding, settings.batch_size,
+                        self.programs.eval_sharding, self.exp.eval_rows,
                         coefficients=self.exp.objective.coefficients, batches=settings.batches,
                         stop=lambda: self.preemption.asked(step),
                     )  # fmt: skip

@@ -95,7 +95,7 @@ CASES = {
     "truncated shard": (lambda h, s: text(h, shards=truncated(s, h)), [], ["train-00000.bin", "truncated"]),
     "batch over mesh": (lambda h, s: {"batch_size": 12}, [], ["12", "multiples of 8"]),
     "microbatch": (lambda h, s: {}, ["--config.microbatch=3"], ["microbatch 3", "legal sizes"]),
-    "eval batch over mesh": (lambda h, s: {}, ["--config.eval.batch_size=5"], ["batch_size 5", "multiples of 8"]),
+    "eval batch": (lambda h, s: {}, ["--config.eval.batch_size=0"], ["eval.batch_size", "at least 1"]),
     "mesh too large": (lambda h, s: {}, ["--config.mesh.data=16"], ["16", "8 devices"]),
     "vocabulary": (lambda h, s: {}, ["--config.model.vocab_size=100"], ["100", "259"]),
     "length": (lambda h, s: {}, ["--config.data.length=64"], ["64", "max_length 32"]),

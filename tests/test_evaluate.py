@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from bigmodel_jax import experiment, offline
 from bigmodel_jax.data.pipeline import Pipeline
 from bigmodel_jax.data.sources import Arrays
-from bigmodel_jax.evaluate import evaluate, means
+from bigmodel_jax.evaluate import collect, evaluate, means
+from bigmodel_jax.learn.losses import cross_entropy, token_losses
+from bigmodel_jax.learn.objectives import OBJECTIVES, token_records
+from bigmodel_jax.learn.step import make_record_step
+from bigmodel_jax.measures.classification import softmax
+from bigmodel_jax.models.model import Output
 from bigmodel_jax.parallel.feed import global_batch, local_columns
-from bigmodel_jax.parallel.mesh import batch_sharding, make_mesh
+from bigmodel_jax.parallel.mesh import batch_sharding, fill, make_mesh
 from bigmodel_jax.programs import Programs
 from bigmodel_jax.train import train
 from tests import tiny
@@ -35,6 +41,60 @@ def test_every_example_counts_once_for_any_batch_size_and_devices():
             assert out["examples"] == 37
     # Control: a mean of batch means is another number.
     assert abs(np.mean([x[i : i + 8].mean() for i in range(0, 37, 8)]) - x.mean()) > 1e-4
+
+
+def linear(weights):
+    """A classifier whose records the objective makes, and numpy's of the same."""
+
+    def apply(variables, *, train, rngs=None, image):
+        del train, rngs
+        return Output(image.reshape(len(image), -1) @ variables["params"], jax.tree_util.Partial(lambda h: h))
+
+    return make_record_step(apply, OBJECTIVES["classification"]()), {"params": jnp.asarray(weights), "stats": {}}
+
+
+def test_records_hold_each_example_once_for_any_batch_size_and_devices():
+    rng = np.random.default_rng(0)
+    image, label = rng.normal(size=(37, 2, 2, 1)).astype(np.float32), rng.integers(5, size=37).astype(np.int32)
+    weights = rng.normal(size=(4, 5)).astype(np.float32)
+    source = Arrays({"image": image, "label": label, "weights": np.ones(37, np.float32)})
+    logits = image.reshape(37, 4) @ weights
+    nats = -np.log(softmax(logits))[np.arange(37), label]
+    record_step, state = linear(weights)
+    step = jax.jit(record_step)
+    for devices, sizes in ((1, (3, 7, 37)), (8, (3, 7, 37))):
+        mesh = make_mesh(None, jax.devices()[:devices])
+        sharding = batch_sharding(mesh, accumulated=False)
+        for size in sizes:
+            rows = fill(size, mesh)
+            out = collect(step, state, Pipeline(source, rows, shuffle=False), sharding, rows)
+            np.testing.assert_array_equal(out["id"], np.arange(37))
+            np.testing.assert_array_equal(out["label"], label)
+            np.testing.assert_allclose(out["logits"], logits, rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(out["loss"], nats, rtol=1e-4)
+    some = collect(step, state, Pipeline(source, 8, shuffle=False), sharding, 8, batches=2)
+    np.testing.assert_array_equal(some["id"], np.arange(16))
+    # Control: padding that is not dropped makes another loss.
+    batch = Pipeline(source, 24, shuffle=False).batch(1)
+    padded = np.asarray(step(state, {k: jnp.asarray(v) for k, v in batch.items()})["loss"])
+    assert abs(padded.mean() - nats[24:].mean()) > 1e-3
+
+
+def test_token_losses_are_those_of_the_training_loss():
+    rng = np.random.default_rng(1)
+    hidden, table = rng.normal(size=(3, 7, 4)).astype(np.float32), rng.normal(size=(4, 9)).astype(np.float32)
+    targets = rng.integers(9, size=(3, 7))
+    head = jax.tree_util.Partial(lambda w, h: h @ w, table)
+    log_p = np.log(softmax(hidden @ table))
+    for chunk in (0, 3):
+        nats, correct = token_losses(jnp.asarray(hidden), head, jnp.asarray(targets), chunk=chunk)
+        np.testing.assert_allclose(nats, -np.take_along_axis(log_p, targets[..., None], -1)[..., 0], rtol=1e-5)
+        np.testing.assert_array_equal(correct, log_p.argmax(-1) == targets)
+    weights = (rng.random((3, 7)) < 0.5).astype(np.float32)
+    out = token_records(jnp.asarray(hidden), head, jnp.asarray(targets), jnp.asarray(weights), chunk=3)
+    _, aux = cross_entropy(jnp.asarray(hidden), head, jnp.asarray(targets), jnp.asarray(weights), chunk=2)
+    assert float(out["loss"].sum()) == pytest.approx(float(aux["nll"]), rel=1e-5)
+    assert float(out["correct"].sum()) == float(aux["accuracy"])
 
 
 def test_means_of_sums():
@@ -84,7 +144,7 @@ def test_in_the_loop_equals_offline_and_changes_nothing(tmp_path):
     raw["eval"] = {"batch_size": 16}
     once = train(experiment.resolve(raw), str(tmp_path / "once"))
     assert often["state_hash"] == once["state_hash"]
-    found = offline.evaluate_run(str(tmp_path / "often"), ["--config.eval.batch_size=40"])
+    found = offline.evaluate_run(str(tmp_path / "often"), ["--config.eval.batch_size=37"])
     for name, value in once["eval"]["validation"].items():
         assert found["eval"]["validation"][name] == pytest.approx(value, rel=1e-5)
         assert often["eval"]["validation"][name] == pytest.approx(value, rel=1e-5)

@@ -38,6 +38,12 @@ def guard(window: int = 64) -> dict[str, jax.Array]:
     }
 
 
+def variables(state: State, ema: bool = False) -> dict[str, Any]:
+    """What the model is evaluated with: parameters, or their average, and everything else that is not trained."""
+    fixed = {name: state[name] for name in ("frozen",) if name in state}
+    return {"params": state["ema" if ema else "params"], "stats": state["stats"]} | fixed
+
+
 def create(
     init: Callable[[jax.Array], dict[str, Any]],
     tx: optax.GradientTransformation,

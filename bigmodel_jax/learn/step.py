@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from bigmodel_jax import tree as trees
 from bigmodel_jax.errors import InputError
 from bigmodel_jax.learn import optim
+from bigmodel_jax.learn import state as states
 from bigmodel_jax.learn.objectives import Objective
 from bigmodel_jax.parallel import mesh as meshes
 from bigmodel_jax.parallel import rules as layout
@@ -275,7 +276,7 @@ def make_eval_step(
     """
 
     def eval_step(state: State, batch: Batch) -> dict[str, tuple[jax.Array, jax.Array]]:
-        variables = {"params": state["ema" if ema else "params"], "stats": state["stats"]}
+        variables = states.variables(state, ema)
         with layout.use(mesh, rules):
             terms, metrics, _ = objective(apply, variables, batch, None, False)
             weights = objective.weights(batch)
@@ -284,12 +285,29 @@ def make_eval_step(
     return eval_step
 
 
+def make_record_step(
+    apply: Callable[..., Any],
+    objective: Objective,
+    *,
+    mesh: Mesh | None = None,
+    rules: layout.Rules = layout.RULES,
+    ema: bool = False,
+) -> Callable[[State, Batch], dict[str, jax.Array]]:
+    """Build record_step(state, batch) -> {name: [M, ...]}, the objective's record of each row."""
+
+    def record_step(state: State, batch: Batch) -> dict[str, jax.Array]:
+        variables = states.variables(state, ema)
+        with layout.use(mesh, rules):
+            return objective.records(apply, variables, batch)
+
+    return record_step
+
+
 def jit_eval_step(
-    eval_step: Callable[[State, Batch], dict[str, tuple[jax.Array, jax.Array]]],
-    shardings: State,
-    mesh: Mesh,
-) -> Callable[[State, Batch], dict[str, tuple[jax.Array, jax.Array]]]:
-    """Jit `eval_step`; the state keeps its layout and is not donated."""
+    eval_step: Callable[[State, Batch], Any], shardings: State, mesh: Mesh
+) -> Callable[[State, Batch], Any]:
+    """Jit `eval_step` or `record_step`; the state keeps its layout and is not donated, and every process
+    gets the whole result."""
     rows = meshes.batch_sharding(mesh, accumulated=False)
     return jax.jit(
         eval_step, in_shardings=(shardings, rows), out_shardings=meshes.replicated(mesh)

@@ -78,6 +78,12 @@ def batch_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
+def fill(rows: int, mesh: Mesh) -> int:
+    """The nearest number of rows, not smaller, that gives every batch shard the same."""
+    shards = batch_shards(mesh)
+    return -(-rows // shards) * shards
+
+
 def check_batch(batch_size: int, microbatch: int, mesh: Mesh) -> int:
     """Number of accumulation steps: batch_size / microbatch.
 
