@@ -6,6 +6,8 @@ V vocab, N layers.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -26,13 +28,14 @@ SITE_ATTENTION, SITE_ATTENTION_OUT, SITE_MLP_OUT, SITE_CROSS, SITE_CROSS_OUT = r
 class Context(NamedTuple):
     """What every layer is told, besides its input."""
 
-    mask: Mask
+    mask: Mask  # of a layer with the window, where some have it
     rope: tuple[jax.Array, jax.Array] | None
     dropout_keys: jax.Array | None
     length: jax.Array | None  # tokens a cache already holds, [B]
     bias: jax.Array | None = None  # added to the scores of self-attention, [B or 1, H, L, M]
     memory: jax.Array | None = None  # what cross-attention reads, [B, M, D]; None: the cache holds it
     memory_mask: Mask = Mask()
+    local_rope: tuple[jax.Array, jax.Array] | None = None  # of a layer with the window; None: as the others
 
 
 def weight(module: nn.Module, name: str, shape, axes, fan_in: int, spec: Spec, scale: float = 1.0):
@@ -47,7 +50,9 @@ def bias(module: nn.Module, name: str, shape, axes, spec: Spec):
 
 
 def norm_parameters(spec: Spec, name: str, size: int):
-    return ops.NormParameters(spec.norm_bias, jnp.dtype(spec.param_dtype), name=name)(size)
+    dtype, offset = jnp.dtype(spec.param_dtype), spec.norm_offset
+    scale, shift = ops.NormParameters(spec.norm_bias, dtype, offset=offset, name=name)(size)
+    return (scale.astype(ops.wide(dtype)) + offset if offset else scale), shift
 
 
 def norm(spec: Spec, name: str, x: jax.Array) -> jax.Array:
@@ -85,11 +90,12 @@ class Attention(nn.Module):
             if spec.qk_norm:
                 q, k = norm(spec, "norm_q", q), norm(spec, "norm_k", k)
             if context.rope is not None:
-                q, k = rotate(q, *context.rope), rotate(k, *context.rope)
+                rope = _rope(spec, context, number)
+                q, k = rotate(q, *rope), rotate(k, *rope)
             if cache is not None:
                 cache, k, v = _append(cache, k, v, number, context.length)
-        y = attention(
-            q, k, v, context.memory_mask if self.cross else context.mask,
+        attend = functools.partial(
+            attention, q, k, v,
             backend=spec.attention,
             scale=spec.attention_scale or None,
             softcap=spec.attention_softcap,
@@ -98,6 +104,14 @@ class Attention(nn.Module):
             dropout=spec.attention_dropout,
             dropout_keys=ops.fold(context.dropout_keys, SITE_CROSS if self.cross else SITE_ATTENTION),
         )  # fmt: skip
+        if self.cross:
+            y = attend(context.memory_mask)
+        elif spec.mixed:
+            # Each branch knows its window: blocks outside it are never computed.
+            whole = dataclasses.replace(context.mask, window=0)
+            y = jax.lax.cond(_local(spec, number), lambda: attend(context.mask), lambda: attend(whole))
+        else:
+            y = attend(context.mask)
         y = constrain(y, heads)
         shape = (spec.num_heads, spec.head_dim, spec.embed_dim)
         fan_in = spec.num_heads * spec.head_dim
@@ -113,9 +127,23 @@ class Attention(nn.Module):
         shape = (spec.embed_dim, heads, spec.head_dim)
         w = weight(self, name, shape, ("embed", axis, "head_dim"), spec.embed_dim, spec)
         y = ops.project("bld,dhk->blhk", x, w)
-        if spec.bias:
+        if spec.bias if spec.qkv_bias is None else spec.qkv_bias:
             y = ops.add_bias(y, bias(self, f"{name}_bias", shape[1:], (axis, "head_dim"), spec))
         return y
+
+
+def _local(spec: Spec, number: jax.Array) -> jax.Array:
+    return jnp.asarray(spec.local)[number]
+
+
+def _rope(spec: Spec, context: Context, number: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of layer `number`."""
+    if context.local_rope is None:
+        return context.rope
+    if not spec.mixed:
+        return context.local_rope if spec.local[0] else context.rope
+    pairs = zip(context.local_rope, context.rope, strict=True)
+    return tuple(jnp.where(_local(spec, number), own, other) for own, other in pairs)
 
 
 def _append(cache: dict[str, jax.Array], k: jax.Array, v: jax.Array, number: jax.Array, length: jax.Array):

@@ -29,6 +29,8 @@ class Logits:
         if "kernel" not in arrays:
             return hidden
         x = hidden.astype(spec.dtype)
+        if "project" in arrays:
+            x = jnp.einsum("...d,de->...e", x, arrays["project"])
         if "dense" in arrays:
             x = jnp.einsum("...d,de->...e", x, arrays["dense"]) + arrays["dense_bias"]
             x = ops.ACTIVATIONS[spec.activation][0](x)
@@ -55,11 +57,14 @@ class Head(nn.Module):
         spec, dim = self.spec, self.spec.embed_dim
         arrays: dict[str, Any] = {}
         if spec.head == "lm":
+            width = spec.token_dim if spec.tied_embeddings else dim
             arrays["kernel"] = table if spec.tied_embeddings else self._kernel(spec.vocab_size, "vocab")
             if spec.mlm_transform:
-                arrays["dense"] = weight(self, "dense", (dim, dim), ("embed", None), dim, spec)
-                arrays["dense_bias"] = bias(self, "dense_bias", (dim,), ("norm",), spec)
-                arrays["norm"] = norm_parameters(spec, "norm", dim)
+                arrays["dense"] = weight(self, "dense", (dim, width), ("embed", None), dim, spec)
+                arrays["dense_bias"] = bias(self, "dense_bias", (width,), ("norm",), spec)
+                arrays["norm"] = norm_parameters(spec, "norm", width)
+            elif width != dim:
+                arrays["project"] = weight(self, "project", (dim, width), ("embed", None), dim, spec)
             if spec.head_bias:
                 arrays["bias"] = bias(self, "bias", (spec.vocab_size,), ("vocab",), spec)
         elif spec.head != "none":
@@ -129,8 +134,11 @@ def read_out(spec: Spec, x: jax.Array, segments: jax.Array | None, keys: jax.Arr
 
 
 def head_flops(spec: Spec, length: int) -> float:
-    """Forward FLOPs per token of the heads, the vocabulary's matrix aside, at a length."""
+    """Forward FLOPs per token of all heads at a length."""
     dim = spec.embed_dim
+    width = spec.token_dim if spec.tied_embeddings else dim
     per_text = dim**2 * spec.pooler + 2 * dim * spec.nsp + dim * spec.num_classes * (spec.head == "classes")
-    per_token = dim * {"tokens": spec.num_classes, "spans": 2}.get(spec.head, 0) + dim**2 * spec.mlm_transform
+    per_token = dim * {"tokens": spec.num_classes, "spans": 2}.get(spec.head, 0)
+    if spec.head == "lm":
+        per_token = width * spec.vocab_size + dim * width * (spec.mlm_transform or width != dim)
     return 2.0 * (per_token + per_text / length)

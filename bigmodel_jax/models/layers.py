@@ -225,15 +225,19 @@ def initializer(kind: str, std: float, fan_in: int, scale: float = 1.0) -> Calla
 
 
 class NormParameters(nn.Module):
-    """Parameters `scale` and, if `use_bias`, `bias` (else None) of a norm over `size` features."""
+    """Parameters `scale` and, if `use_bias`, `bias` (else None) of a norm over `size` features.
+
+    offset: what the caller adds to the scale, so that it starts at 1 - offset.
+    """
 
     use_bias: bool
     param_dtype: jnp.dtype = jnp.float32
     axis: str = "norm"
+    offset: float = 0.0
 
     @nn.compact
     def __call__(self, size: int) -> tuple[jax.Array, jax.Array | None]:
-        ones, zeros = nn.initializers.ones, nn.initializers.zeros
+        ones, zeros = nn.initializers.constant(1.0 - self.offset), nn.initializers.zeros
         box = nn.with_partitioning
         scale = self.param("scale", box(ones, (self.axis,)), (size,), self.param_dtype)
         if not self.use_bias:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,13 +27,59 @@ def sinusoidal(positions: jax.Array, dim: int, dtype: jnp.dtype = jnp.float32) -
     return jnp.pad(table, [(0, 0)] * positions.ndim + [(0, dim - 2 * half)])
 
 
-def rotary_table(
-    positions: jax.Array, rotary_dim: int, theta: float, dtype: jnp.dtype = jnp.float32
-) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [..., rotary_dim / 2] of RoPE (Su et al. 2021, eq. 15)."""
+def rope_frequencies(
+    rotary_dim: int,
+    theta: float,
+    dtype: jnp.dtype = jnp.float32,
+    *,
+    scaling: str = "none",
+    factor: float = 1.0,
+    original: int = 0,
+    bounds: tuple[float, ...] = (),
+) -> tuple[jax.Array, float]:
+    """Radians per position [rotary_dim / 2], and the length of a rotated unit vector.
+
+    none    theta^(-2i / R) (Su et al. 2021)
+    linear  all divided by `factor`: position interpolation (Chen et al. 2023)
+    llama3  a frequency that turns fewer than `bounds[0]` times in `original` positions is divided by
+            `factor`, one that turns more than `bounds[1]` times is kept, between them linear in the
+            number of turns (Grattafiori et al. 2024, as released); default bounds 1 and 4
+    yarn    the same with default bounds 1 and 32, between them linear in the index i, rounded
+            outwards; vectors grow by 0.1 ln(factor) + 1 (Peng et al. 2023, sections 3.2 and 3.4)
+    """
     exponent = jnp.arange(0, rotary_dim, 2, dtype=dtype) / rotary_dim
-    angles = positions[..., None].astype(dtype) * theta**-exponent
-    return jnp.cos(angles), jnp.sin(angles)
+    plain = theta**-exponent
+    if scaling == "none":
+        return plain, 1.0
+    if scaling == "linear":
+        return plain / factor, 1.0
+    low, high = bounds or {"llama3": (1.0, 4.0), "yarn": (1.0, 32.0)}[scaling]
+    if scaling == "llama3":
+        turns = plain * (original / (2 * math.pi))
+        kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+        return plain * (kept + (1.0 - kept) / factor), 1.0
+
+    def index(turns: float) -> float:
+        return rotary_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    first = max(math.floor(index(high)), 0)
+    last = min(math.ceil(index(low)), rotary_dim - 1)
+    kept = 1.0 - jnp.clip((jnp.arange(rotary_dim // 2, dtype=dtype) - first) / max(last - first, 1e-3), 0.0, 1.0)
+    return plain * (kept + (1.0 - kept) / factor), 0.1 * math.log(factor) + 1.0
+
+
+def rotary_table(
+    positions: jax.Array, rotary_dim: int, theta: float, dtype: jnp.dtype = jnp.float32, **scaling: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines [..., rotary_dim / 2] of RoPE (Su et al. 2021, eq. 15).
+
+    Args:
+      scaling: keywords of `rope_frequencies`.
+    """
+    frequencies, length = rope_frequencies(rotary_dim, theta, dtype, **scaling)
+    angles = positions[..., None].astype(dtype) * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return (cos, sin) if length == 1.0 else (cos * length, sin * length)
 
 
 def rotate(

@@ -21,6 +21,7 @@ from bigmodel_jax.models.attention import BACKENDS
 POSITIONS = ("learned", "sinusoidal", "rotary", "alibi", "none")
 PLACEMENTS = ("pre", "post", "sandwich")
 RESIDUALS = ("sequential", "parallel")
+ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
 HEADS = ("lm", "classes", "tokens", "spans", "none")
 POOLINGS = ("first", "mean", "last")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -48,16 +49,26 @@ class Spec:
     num_kv_heads: 0 means num_heads; 1 is multi-query, between is grouped-query attention.
     head_dim: 0 means embed_dim / num_heads.
     mlp_dim: 0 means 4 * embed_dim.
-    max_length: rows of the learned position table; other positions have no limit.
+    max_length: length of the learned position table; other positions have no limit.
     positions: learned, sinusoidal, rotary, alibi or none.
+    position_offset: rows of the learned table before that of position 0.
     rope_fraction: share of each head's features that is rotated.
+    rope_scaling, rope_factor, rope_original_length, rope_bounds: see `positions.rope_frequencies`.
+    rope_local_theta: theta of the windowed layers of a layer_pattern, unscaled; 0 means as the others.
+    norm_offset: added to the scale of every norm, whose parameter then starts at 1 - norm_offset.
     norm_placement: pre; post (as in 2017: no final norm); sandwich (before and after).
+    bias: of all projections; qkv_bias: of queries, keys and values, None means as bias.
     activation: gelu (tanh), gelu_exact, relu, swiglu, geglu.
     residual: sequential, or parallel (attention and feed-forward read the same input).
     window: a query sees itself and window - 1 tokens before it (in an encoder, and behind it); 0 sees all.
+    layer_pattern: one letter per layer, repeated as needed: "l" has the window, "g" sees all (Gemma 2:
+      "lg"); "" means every layer has the window.
+    shared_layers: all layers have one set of parameters, "layer/..." (ALBERT, Lan et al. 2020).
     attention_scale: factor of the scores; 0 means 1 / sqrt(head_dim).
     attention_softcap, final_softcap: cap * tanh(x / cap) of scores and logits; 0 for none.
     embed_scale: factor of the token embeddings, e.g. sqrt(embed_dim).
+    token_dim: width of the token table; 0 means embed_dim. An encoder projects the sum of all embeddings
+      to embed_dim (ALBERT), a decoder that of the tokens, and back before tied logits (OPT 350M).
     token_types: rows of the token type table; 0 for none.
     head: what the model puts out for each hidden state.
       lm: logits over the vocabulary (an encoder first has a dense layer, activation and norm);
@@ -94,22 +105,33 @@ class Spec:
     mlp_dim: int = 0
     max_length: int = 1024
     positions: str = "learned"
+    position_offset: int = 0
     rope_theta: float = 10_000.0
     rope_fraction: float = 1.0
+    rope_scaling: str = "none"
+    rope_factor: float = 1.0
+    rope_original_length: int = 0
+    rope_bounds: tuple = ()
+    rope_local_theta: float = 0.0
     norm: str = "layernorm"
     norm_eps: float = 1e-5
     norm_bias: bool = True
+    norm_offset: float = 0.0
     norm_placement: str = "pre"
     embed_norm: bool = False
     activation: str = "gelu"
     bias: bool = True
+    qkv_bias: bool | None = None
     residual: str = "sequential"
     qk_norm: bool = False
     window: int = 0
+    layer_pattern: str = ""
+    shared_layers: bool = False
     attention_scale: float = 0.0
     attention_softcap: float = 0.0
     final_softcap: float = 0.0
     embed_scale: float = 1.0
+    token_dim: int = 0
     token_types: int = 0
     head: str = "lm"
     num_classes: int = 0
@@ -134,6 +156,7 @@ class Spec:
     def __post_init__(self) -> None:
         self._fill("num_kv_heads", self.num_heads)
         self._fill("mlp_dim", 4 * self.embed_dim)
+        self._fill("token_dim", self.embed_dim)
         if not self.head_dim and (self.num_heads < 1 or self.embed_dim % self.num_heads):
             raise InputError(f"num_heads={self.num_heads} does not divide embed_dim={self.embed_dim}; set head_dim")
         self._fill("head_dim", self.embed_dim // max(self.num_heads, 1))
@@ -141,7 +164,7 @@ class Spec:
             ("positions", POSITIONS), ("norm", tuple(ops.NORMS)), ("norm_placement", PLACEMENTS),
             ("activation", tuple(ops.ACTIVATIONS)), ("residual", RESIDUALS), ("init", ops.INITS),
             ("attention", ("auto", *BACKENDS)), ("remat", tuple(REMAT)), ("head", HEADS),
-            ("pooling", POOLINGS), ("dtype", DTYPES), ("param_dtype", DTYPES),
+            ("pooling", POOLINGS), ("rope_scaling", ROPE_SCALINGS), ("dtype", DTYPES), ("param_dtype", DTYPES),
         ):  # fmt: skip
             ops.one_of(option, getattr(self, option), legal)
         for option in ("vocab_size", "num_layers", "embed_dim", "num_heads", "mlp_dim", "max_length", "unroll"):
@@ -167,12 +190,31 @@ class Spec:
             raise InputError("residual='parallel' has no post-norm form; norm_placement: pre or sandwich")
         if self.positions == "rotary" and self.rotary_dim < 2:
             raise InputError(f"rotary positions need head_dim * rope_fraction >= 2, not {self.rotary_dim}")
+        if self.rope_scaling in ("llama3", "yarn") and self.rope_original_length < 1:
+            raise InputError(f"rope_scaling='{self.rope_scaling}' needs rope_original_length")
+        if self.rope_factor < 1.0 or len(self.rope_bounds) not in (0, 2):
+            raise InputError("rope_factor is at least 1 and rope_bounds () or (low, high)")
+        if set(self.layer_pattern) - {"l", "g"} or len(self.layer_pattern) > self.num_layers:
+            raise InputError(f"layer_pattern='{self.layer_pattern}' is up to {self.num_layers} letters l or g")
+        if "l" in self.layer_pattern and self.window < 1:
+            raise InputError("layer_pattern has windowed layers: set window")
 
     def _check_head(self) -> None:
         if self.head in ("classes", "tokens") and self.num_classes < 1:
             raise InputError(f"head='{self.head}' needs num_classes, at least 1")
         if self.nsp and not (self.pooler and self.head == "lm"):
             raise InputError("nsp=True needs pooler=True and head='lm'")
+
+    @property
+    def local(self) -> tuple[bool, ...]:
+        """Whether each layer has the window."""
+        letters = self.layer_pattern or ("l" if self.window else "g")
+        return tuple(letters[n % len(letters)] == "l" for n in range(self.num_layers))
+
+    @property
+    def mixed(self) -> bool:
+        """Whether some layers have the window and others see all."""
+        return len(set(self.local)) == 2
 
     @property
     def rotary_dim(self) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 from bigmodel_jax import flops
 from bigmodel_jax.errors import InputError
 from bigmodel_jax.models import layers as ops
-from bigmodel_jax.models.block import Block, Context, norm, weight
+from bigmodel_jax.models.block import Block, Context, bias, norm, weight
 from bigmodel_jax.models.heads import Head, head_flops, read_out
 from bigmodel_jax.models.masks import Mask
 from bigmodel_jax.models.model import Model, Output
@@ -26,7 +26,7 @@ from bigmodel_jax.parallel.rules import constrain
 
 
 class Embed(nn.Module):
-    """Tokens, absolute positions and token types to x [B, L, D]; also returns the token table, its own or one it shares."""
+    """Tokens, absolute positions and token types to x [B, L, D]; also returns the token table (own or shared)."""
 
     spec: Spec
 
@@ -39,15 +39,18 @@ class Embed(nn.Module):
         token_types: jax.Array | None,
         table: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        spec, dim = self.spec, self.spec.embed_dim
+        spec, dim = self.spec, self.spec.token_dim
         if table is None:
             table = weight(self, "tokens", (spec.vocab_size, dim), ("vocab", "embed"), dim, spec)
         x = ops.lookup(table, tokens)
         if spec.embed_scale != 1.0:
             x = x * jnp.asarray(spec.embed_scale, x.dtype)
+        if dim != spec.embed_dim and spec.causal:
+            x, dim = self._projected(x), spec.embed_dim
         if spec.positions == "learned":
-            where = weight(self, "positions", (spec.max_length, dim), ("positions", "embed"), dim, spec)
-            x = x + (where[: tokens.shape[1]] if plain else ops.lookup(where, positions))
+            first, rows = spec.position_offset, spec.position_offset + spec.max_length
+            where = weight(self, "positions", (rows, dim), ("positions", "embed"), dim, spec)
+            x = x + (where[first : first + tokens.shape[1]] if plain else ops.lookup(where, positions + first))
         elif spec.positions == "sinusoidal":
             x = x + sinusoidal(positions, dim, ops.wide(x.dtype)).astype(x.dtype)
         if spec.token_types:
@@ -55,7 +58,15 @@ class Embed(nn.Module):
             x = x + (types[0] if token_types is None else ops.lookup(types, token_types))
         if spec.embed_norm:
             x = norm(spec, "norm", x)
+        if dim != spec.embed_dim:
+            x = ops.add_bias(self._projected(x), bias(self, "project_bias", (spec.embed_dim,), ("norm",), spec))
         return x, table
+
+    @nn.nowrap
+    def _projected(self, x: jax.Array) -> jax.Array:
+        spec = self.spec
+        shape = (spec.token_dim, spec.embed_dim)
+        return ops.project("ble,ed->bld", x, weight(self, "project", shape, (None, "embed"), spec.token_dim, spec))
 
 
 class Transformer(nn.Module):
@@ -87,13 +98,12 @@ class Transformer(nn.Module):
         x = ops.dropout(x, ops.fold(keys, spec.num_layers), spec.embed_dropout)
         x = constrain(x, ("batch", "length", "embed_act"))
         mask = Mask(
-            causal=spec.causal, window=spec.window, segments_q=segments, prefix=prefix, offset=length
+            causal=spec.causal, window=spec.window if any(spec.local) else 0, segments_q=segments, prefix=prefix, offset=length
         )  # fmt: skip
-        rope = None
-        if spec.positions == "rotary":
-            rope = rotary_table(positions, spec.rotary_dim, spec.rope_theta, ops.wide(x.dtype))
+        rope, local_rope = ropes(spec, positions, ops.wide(x.dtype))
         held = None if cache is None else {name: cache[name] for name in ("k", "v")}
-        (x, held), routed = stack(spec)((x, held), jnp.arange(spec.num_layers), Context(mask, rope, keys, length))
+        context = Context(mask, rope, keys, length, local_rope=local_rope)
+        (x, held), routed = stack(spec)((x, held), jnp.arange(spec.num_layers), context)
         if spec.norm_placement != "post":
             x = norm(spec, "norm_final", x)
         if cache is not None:
@@ -102,12 +112,30 @@ class Transformer(nn.Module):
         return Output(x, Head(spec, name="head")(table), held, extra=extra | (routed or {}))
 
 
+def ropes(spec: Spec, positions: jax.Array, dtype: jnp.dtype):
+    """Rotary tables of the layers, and of those with a window where they differ; else None."""
+    if spec.positions != "rotary":
+        return None, None
+    scaling = {"scaling": spec.rope_scaling, "factor": spec.rope_factor, "original": spec.rope_original_length,
+               "bounds": spec.rope_bounds}  # fmt: skip
+    local = spec.rope_local_theta
+    return (
+        rotary_table(positions, spec.rotary_dim, spec.rope_theta, dtype, **scaling),
+        rotary_table(positions, spec.rotary_dim, local, dtype) if local else None,
+    )
+
+
 def stack(spec: Spec) -> nn.Module:
     """N layers as one scan: ((x, cache), numbers, context) -> ((x, cache), what each layer's router says)."""
     block = Block
     if spec.remat != "none":
         # Inside a scan the loop already keeps XLA from merging both computations.
         block = nn.remat(Block, policy=REMAT[spec.remat], prevent_cse=False)
+    if spec.shared_layers:
+        return nn.scan(
+            block, length=spec.num_layers, variable_broadcast="params", split_rngs={"params": False},
+            in_axes=(0, nn.broadcast), unroll=min(spec.unroll, spec.num_layers),
+        )(spec, name="layer")  # fmt: skip
     return nn.scan(
         block,
         length=spec.num_layers,
@@ -133,12 +161,16 @@ def _check_inputs(spec: Spec, tokens, cache, segments, prefix, token_types) -> N
 
 def forward_flops(spec: Spec, length: int) -> float:
     """Forward matmul FLOPs per token at a length (see flops.py), heads included."""
-    stack = flops.transformer_forward(
+    weights = flops.transformer_forward(
         layers=spec.num_layers, width=spec.embed_dim, heads=spec.num_heads, head_dim=spec.head_dim,
-        mlp=spec.mlp_dim, vocab=spec.vocab_size, length=length, kv_heads=spec.num_kv_heads,
-        gated=ops.ACTIVATIONS[spec.activation][1], head_share=float(spec.head == "lm"),
+        mlp=spec.mlp_dim, vocab=spec.vocab_size, length=0, kv_heads=spec.num_kv_heads,
+        gated=ops.ACTIVATIONS[spec.activation][1], head_share=0.0,
     )  # fmt: skip
-    return stack + head_flops(spec, length)
+    if spec.token_dim != spec.embed_dim:
+        weights += 2.0 * spec.token_dim * spec.embed_dim
+    seen = min(length, spec.window if spec.causal else 2 * spec.window - 1)
+    compared = sum(seen if local else length for local in spec.local)
+    return weights + 4.0 * compared * spec.num_heads * spec.head_dim + head_flops(spec, length)
 
 
 def _model(spec: Spec) -> Model:

@@ -67,7 +67,8 @@ def np_attention(x, p, o, causal, seen):
     i = np.arange(length)
     if o["positions"] == "rotary":
         half = int(q.shape[-1] * o.get("rope_fraction", 1.0)) // 2
-        angle = i[:, None] * 10_000.0 ** (-np.arange(half) / half)
+        theta = o.get("rope_local_theta") if o.get("window") else 0
+        angle = i[:, None] * (theta or 10_000.0) ** (-np.arange(half) / half) / (1 if theta else o.get("rope_factor", 1))
 
         def turn(x):
             z = (x[..., :half] + 1j * x[..., half : 2 * half]) * np.exp(1j * angle)
@@ -75,7 +76,7 @@ def np_attention(x, p, o, causal, seen):
 
         q, k = turn(q), turn(k)
     k, v = (np.repeat(x, len(q) // len(k), axis=0) for x in (k, v))
-    s = q @ np.swapaxes(k, 1, 2) / np.sqrt(q.shape[-1])
+    s = q @ np.swapaxes(k, 1, 2) * (o.get("attention_scale") or q.shape[-1] ** -0.5)
     cap = o.get("attention_softcap")
     s = cap * np.tanh(s / cap) if cap else s
     gap = i[:, None] - i
@@ -97,12 +98,14 @@ def np_mlp(x, p, o):
 
 def np_transformer(params, tokens, o, causal, seen=True):
     """logits [L, V] of one row."""
-    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    offset = o.get("norm_offset", 0)
+    p = tree.map_paths(lambda path, x: np.asarray(x, np.float64) + (offset if path.endswith("scale") else 0), params)
     where, eps = o["norm_placement"], o.get("norm_eps", 1e-5)
     x = p["embed"]["tokens"][tokens] * o.get("embed_scale", 1.0)
     i = np.arange(len(tokens))
     if o["positions"] == "learned":
-        x = x + p["embed"]["positions"][i]
+        x = (x @ p["embed"]["project"] if causal and "project" in p["embed"] else x)
+        x = x + p["embed"]["positions"][i + o.get("position_offset", 0)]
     if o["positions"] == "sinusoidal":
         half = x.shape[1] // 2
         angle = i[:, None] / 10_000.0 ** (np.arange(half) / (half - 1))
@@ -110,14 +113,17 @@ def np_transformer(params, tokens, o, causal, seen=True):
     x = x + (p["embed"]["types"][0] if "types" in p["embed"] else 0)
     if "norm" in p["embed"]:
         x = np_norm(x, p["embed"]["norm"], o["norm"], eps)
+    if "project_bias" in p["embed"]:
+        x = x @ p["embed"]["project"] + p["embed"]["project_bias"]
     for n in range(2):
-        w = jax.tree.map(lambda leaf, n=n: leaf[n], p["layers"])
+        w = p["layer"] if "layer" in p else jax.tree.map(lambda leaf, n=n: leaf[n], p["layers"])
+        own = o | ({"window": 0} if (o.get("layer_pattern") or "ll")[n] == "g" else {})
 
         def norm(y, name, w=w):
             return np_norm(y, w[name], o["norm"], eps)
 
-        def attn(y, w=w):
-            return np_attention(y, w["attn"], o, causal, seen)
+        def attn(y, w=w, own=own):
+            return np_attention(y, w["attn"], own, causal, seen)
 
         if where == "post":
             x = norm(x + attn(x), "norm_attn")
@@ -134,6 +140,7 @@ def np_transformer(params, tokens, o, causal, seen=True):
     head = p.get("head", {})
     if "dense" in head:
         x = np_norm(NP_ACT[o["activation"]](x @ head["dense"] + head["dense_bias"]), head["norm"], o["norm"], eps)
+    x = x @ head["project"] if "project" in head else x
     y = x @ head.get("kernel", p["embed"]["tokens"].T) + head.get("bias", 0)
     cap = o.get("final_softcap")
     return cap * np.tanh(y / cap) if cap else y
@@ -144,14 +151,19 @@ LLAMA = {"positions": "rotary", "norm": "rmsnorm", "norm_placement": "pre", "act
          "num_kv_heads": 2, "bias": False, "norm_bias": False, "tied_embeddings": False}  # fmt: skip
 BERT = {"positions": "learned", "norm": "layernorm", "norm_placement": "post", "activation": "gelu_exact",
         "norm_eps": 1e-12}  # fmt: skip
+# Windowed and full layers in turn, each kind with rotations of its own; norms scaled by 1 + w.
 GEMMA = LLAMA | {"norm_placement": "sandwich", "activation": "geglu", "window": 5, "attention_softcap": 4.0,
                  "final_softcap": 3.0, "embed_scale": 4.0, "num_kv_heads": 1, "head_dim": 6,
-                 "qk_norm": True}  # fmt: skip
+                 "qk_norm": True, "layer_pattern": "lg", "rope_local_theta": 100.0, "rope_scaling": "linear",
+                 "rope_factor": 3.0, "norm_offset": 1.0, "attention_scale": 0.3}  # fmt: skip
 NEOX = GPT2 | {"positions": "rotary", "rope_fraction": 0.5, "residual": "parallel", "head_bias": True}
 ALIBI = GPT2 | {"positions": "alibi", "embed_norm": True, "activation": "relu", "mlp_dim": 24}
 ORIGINAL = GPT2 | {"positions": "sinusoidal", "norm_placement": "post", "num_kv_heads": 2}
 NOPE = LLAMA | {"positions": "none", "bias": True}
-VARIANTS = {"gpt2": GPT2, "llama": LLAMA, "gemma": GEMMA, "neox": NEOX, "alibi": ALIBI, "original": ORIGINAL,
+OPT = GPT2 | {"norm_placement": "post", "activation": "relu", "position_offset": 2, "token_dim": 8, "bias": False,
+              "qkv_bias": True}  # fmt: skip
+ALBERT = BERT | {"shared_layers": True, "token_dim": 8, "position_offset": 3}
+VARIANTS = {"gpt2": GPT2, "llama": LLAMA, "gemma": GEMMA, "opt": OPT, "neox": NEOX, "alibi": ALIBI, "original": ORIGINAL,
             "nope": NOPE, "post": BERT}  # fmt: skip
 
 
@@ -183,12 +195,12 @@ def test_decoder_equals_numpy_and_cached_decoding_equals_full(name):
     assert np.abs(wrong.head(wrong.hidden)[:, 0] - logits[:, 5]).max() > 100 * atol
 
 
-@pytest.mark.parametrize("window", [0, 4])
-def test_encoder_equals_numpy_with_padding(window):
-    model, variables = built(encoder, window=window, **BERT)
+@pytest.mark.parametrize(("base", "window"), [(BERT, 4), (ALBERT, 0)])
+def test_encoder_equals_numpy_with_padding(base, window):
+    model, variables = built(encoder, window=window, **base)
     segments = (np.arange(18) < np.array([18, 11, 7])[:, None]).astype(np.int32)
     logits, _ = forward(model, variables, tokens=TOKENS, segments=segments)
-    options = BERT | {"window": window}
+    options = base | {"window": window}
     for row in range(3):
         real = segments[row] == 1
         expected = np_transformer(variables["params"], TOKENS[row][real], options, False)
@@ -360,16 +372,29 @@ def counted_flops(jaxpr):
     return total
 
 
-@pytest.mark.parametrize(("maker", "name"), [(decoder, "gpt2"), (decoder, "gemma"), (encoder, "post")])
-def test_flops_count_every_matmul(maker, name):
-    model, variables = built(maker, **VARIANTS[name] | {"attention": "reference"})
+CLASSES = BERT | {"head": "classes", "num_classes": 9, "pooler": True}
+
+
+@pytest.mark.parametrize(
+    ("maker", "options"),
+    [(decoder, GPT2), (decoder, GEMMA), (decoder, OPT), (encoder, BERT), (encoder, ALBERT), (encoder, CLASSES)],
+)
+def test_flops_count_every_matmul(maker, options):
+    plain = options | {"attention": "reference", "window": 0, "layer_pattern": ""}
+    model, variables = built(maker, **plain)
 
     def logits(variables, tokens):
         out = model.apply(variables, train=False, tokens=tokens)
         return out.head(out.hidden)
 
     program = jax.make_jaxpr(logits)(variables, TOKENS).jaxpr
-    assert counted_flops(program) == TOKENS.size * model.flops(TOKENS.shape[1])
+    length = TOKENS.shape[1]
+    assert counted_flops(program) == pytest.approx(TOKENS.size * model.flops(length), rel=1e-12)
+    # One of two layers compares a query with the 5 keys of its window, or 9 where it looks both ways.
+    mixed = maker(**TINY | plain | {"window": 5, "layer_pattern": "gl"})
+    seen = 5 if maker is decoder else 9
+    width = 4 * (options.get("head_dim") or 4)
+    assert model.flops(length) - mixed.flops(length) == pytest.approx(4 * (length - seen) * width)
 
 
 def test_depth_does_not_grow_the_program():
