@@ -97,9 +97,8 @@ class Transformer(nn.Module):
         x, table = Embed(spec, name="embed")(tokens, positions, plain, token_types)
         x = ops.dropout(x, ops.fold(keys, spec.num_layers), spec.embed_dropout)
         x = constrain(x, ("batch", "length", "embed_act"))
-        mask = Mask(
-            causal=spec.causal, window=spec.window if any(spec.local) else 0, segments_q=segments, prefix=prefix, offset=length
-        )  # fmt: skip
+        window = spec.window if any(spec.local) else 0
+        mask = Mask(causal=spec.causal, window=window, segments_q=segments, prefix=prefix, offset=length)
         rope, local_rope = ropes(spec, positions, ops.wide(x.dtype))
         held = None if cache is None else {name: cache[name] for name in ("k", "v")}
         context = Context(mask, rope, keys, length, local_rope=local_rope)

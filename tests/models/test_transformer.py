@@ -68,7 +68,8 @@ def np_attention(x, p, o, causal, seen):
     if o["positions"] == "rotary":
         half = int(q.shape[-1] * o.get("rope_fraction", 1.0)) // 2
         theta = o.get("rope_local_theta") if o.get("window") else 0
-        angle = i[:, None] * (theta or 10_000.0) ** (-np.arange(half) / half) / (1 if theta else o.get("rope_factor", 1))
+        frequencies = (theta or 10_000.0) ** (-np.arange(half) / half) / (1 if theta else o.get("rope_factor", 1))
+        angle = i[:, None] * frequencies
 
         def turn(x):
             z = (x[..., :half] + 1j * x[..., half : 2 * half]) * np.exp(1j * angle)
@@ -163,8 +164,8 @@ NOPE = LLAMA | {"positions": "none", "bias": True}
 OPT = GPT2 | {"norm_placement": "post", "activation": "relu", "position_offset": 2, "token_dim": 8, "bias": False,
               "qkv_bias": True}  # fmt: skip
 ALBERT = BERT | {"shared_layers": True, "token_dim": 8, "position_offset": 3}
-VARIANTS = {"gpt2": GPT2, "llama": LLAMA, "gemma": GEMMA, "opt": OPT, "neox": NEOX, "alibi": ALIBI, "original": ORIGINAL,
-            "nope": NOPE, "post": BERT}  # fmt: skip
+VARIANTS = {"gpt2": GPT2, "llama": LLAMA, "gemma": GEMMA, "opt": OPT, "neox": NEOX, "alibi": ALIBI,
+            "original": ORIGINAL, "nope": NOPE, "post": BERT}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", VARIANTS)
