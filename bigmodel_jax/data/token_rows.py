@@ -85,7 +85,7 @@ class TokenShards:
             raise InputError(f"token shards: split '{split}' of {folder} is empty")
         if mode == "pack":
             self._packed = packed_index(
-                self.folder, split, self.length, self.meta["fingerprint"], self._ends, cache_dir
+                self.folder, split, self.length, self.meta["fingerprint"], self.document_ends, cache_dir
             )
             counts, self.report = self._packed.shard_rows, self._packed.report
         else:
@@ -130,7 +130,12 @@ class TokenShards:
             if hashlib.sha256(read_bytes(self._path(shard))).hexdigest() != shard["sha256"]:
                 raise InputError(f"token shards: {self._path(shard)} differs from its sha256 in meta.json")
 
-    def _ends(self) -> list[np.ndarray]:
+    def take(self, shard: int, at: np.ndarray) -> np.ndarray:
+        """Tokens of one shard at positions, of any shape."""
+        return self._file(shard).take(at)
+
+    def document_ends(self) -> list[np.ndarray]:
+        """Per shard, the position after each document's end-of-text token, int64; the first starts at 1."""
         out = []
         for shard in self._shards:
             path = self._path(shard, ".idx")
