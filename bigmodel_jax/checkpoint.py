@@ -18,7 +18,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -318,55 +318,6 @@ def read_meta(directory: Any, step: int | None = None) -> dict[str, Any]:
     return record.find(record.resolve(directory), step)[1]["meta"]
 
 
-def init_from(
-    directory: Any,
-    target: Any,
-    *,
-    rename: Sequence[tuple[str, str]] = (),
-    skip: Sequence[str] = (),
-    strict: bool = True,
-    ema: bool = True,
-    step: int | None = None,
-) -> tuple[Any, dict[str, list[str]]]:
-    """Parameters of another run, by name. Reads only what it uses, and checks it.
-
-    Args:
-      directory: a checkpoint directory, or a run that has one.
-      target: parameters (arrays or ShapeDtypeStruct with shardings) whose leaves are looked for.
-      rename: (regex, replacement) applied in order to stored names. skip: regexes of names (of the
-        target, after renaming) that keep their value.
-      strict: False accepts names without a partner and other shapes.
-      ema: prefer the averaged parameters where the run kept them.
-
-    Returns:
-      (tree like `target`, cast to its dtypes; leaves that were not loaded are the target's own,
-      {"loaded", "missing", "unexpected", "shape_mismatch", "skipped": names}).
-
-    Raises:
-      InputError: nothing matches; with `strict`, anything is missing, unexpected or of another
-        shape; no checkpoint; a damaged one.
-    """
-    place = record.resolve(directory)
-    if not record.steps(place) and (place / "checkpoints").exists():
-        place = place / "checkpoints"
-    step, about = record.find(place, step)
-    flat = tree.flatten(target)
-    sources, report = record.match(about["leaves"], flat, rename, skip, ema)
-    record.judge(report, strict, f"step {step} in {place}")
-    wanted = {
-        source: jax.ShapeDtypeStruct(flat[path].shape, flat[path].dtype, sharding=_sharding(flat[path]))
-        for path, source in sources.items()
-    }
-    try:
-        found = load(place / str(step), about["leaves"], wanted)
-    except Corrupt as error:
-        raise InputError(f"step {step} in {place} is damaged: {error}") from error
-    for path, source in sources.items():
-        flat[path] = found[source].astype(flat[path].dtype)
-    structure = jax.tree_util.tree_structure(target)
-    return jax.tree_util.tree_unflatten(structure, list(flat.values())), report
-
-
 def load(path: epath.Path, leaves: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
     """Read some leaves of one step and compare their fingerprints.
 
@@ -399,7 +350,7 @@ def load(path: epath.Path, leaves: Mapping[str, Any], wanted: Mapping[str, Any])
     for name in stored.keys() - full.keys():
         raw[name] = np.zeros(stored[name]["shape"], stored[name]["dtype"])
         if not isinstance(wanted[name], np.ndarray):
-            raw[name] = jax.device_put(raw[name], _sharding(wanted[name]))
+            raw[name] = jax.device_put(raw[name], sharding(wanted[name]))
     found = fingerprint.of_leaves(raw)
     wrong = [name for name in stored if found[name] != stored[name]["fingerprint"]]
     if wrong:
@@ -410,7 +361,8 @@ def load(path: epath.Path, leaves: Mapping[str, Any], wanted: Mapping[str, Any])
     return raw
 
 
-def _sharding(leaf: Any) -> Any:
+def sharding(leaf: Any) -> Any:
+    """Where a (possibly abstract) leaf lives: the first local device where it does not say."""
     given = getattr(leaf, "sharding", None)
     return given or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
@@ -419,7 +371,7 @@ def _restore_args(about: Mapping[str, Any], leaf: Any) -> ocp.RestoreArgs:
     dtype = np.dtype(about["dtype"])
     if isinstance(leaf, np.ndarray):
         return ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype)
-    return ocp.ArrayRestoreArgs(sharding=_sharding(leaf), global_shape=tuple(about["shape"]), dtype=dtype)
+    return ocp.ArrayRestoreArgs(sharding=sharding(leaf), global_shape=tuple(about["shape"]), dtype=dtype)
 
 
 def _quiet() -> None:

@@ -134,13 +134,21 @@ class Sample:
 
 @dataclass(frozen=True)
 class InitFrom:
-    """Parameters to start from: a run or checkpoint directory, renames (regex, replacement), and
-    regexes of parameters to leave at their initial values."""
+    """Parameters to start from, see inherit.py.
+
+    path: a run or checkpoint directory, or "hf:FOLDER". rename: (regex, replacement) of stored names. skip: regexes of
+    parameters to leave at their initial values. strict: refuse anything missing, unexpected or of another shape.
+    ema: take the averaged parameters where kept. resize_vocab: "mean" or "initial" fills new rows of a vocabulary,
+    "" refuses another size. resize_positions: "interpolate" or "initial", the same for a table of positions.
+    """
 
     path: str = ""
     rename: tuple = ()
     skip: tuple = ()
+    strict: bool = True
     ema: bool = False
+    resize_vocab: str = ""
+    resize_positions: str = ""
 
 
 PLAIN = {

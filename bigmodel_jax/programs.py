@@ -102,28 +102,31 @@ class Programs:
         """The initial state, each leaf made where it lives."""
         return states.initialize(self._create, self.shardings, key)
 
-    def initial_from(self, state: Any, settings: Any) -> tuple[Any, str]:
-        """(state with parameters from another run's checkpoint, one line that says which).
+    def initial_from(self, state: Any, settings: Any, tell: Any = lambda report: None) -> tuple[Any, str]:
+        """(state with parameters from another run or a published model, one line that says which).
 
         Optimizer state starts anew; the average of the parameters, where kept, starts at them.
-        """
-        from bigmodel_jax.checkpoint import init_from
 
-        params, found = init_from(
-            settings.path, self.state["params"], rename=settings.rename, skip=settings.skip, ema=settings.ema
-        )
-        flat = tree.flatten(state["params"])
-        flat.update({path: leaf for path, leaf in tree.flatten(params).items() if path in found["loaded"]})
-        merged = tree.unflatten(flat)
-        state = {**state, "params": merged}
+        Args:
+          tell: receives the report of names before it is judged.
+        """
+        from bigmodel_jax import inherit
+
+        _, axes = self.exp.model.abstract()
+        base, rest = _base(state["params"], state.get("frozen", {}))
+        found, report = inherit.init_from(
+            settings.path, base, rename=settings.rename, skip=settings.skip, ema=settings.ema,
+            strict=settings.strict, axes=_base(axes["params"], axes.get("frozen", {}), _is_axes)[0],
+            resize={"vocab": settings.resize_vocab, "positions": settings.resize_positions}, tell=tell,
+        )  # fmt: skip
+        flat = tree.flatten(found) | rest
+        for name in ("params", "frozen"):
+            if name in state:
+                old = tree.flatten(state[name])
+                state = {**state, name: tree.unflatten({path: flat[path] for path in old})}
         if "ema" in state:
-            state["ema"] = jax.tree.map(lambda leaf: leaf.copy(), merged)
-        kept = sorted(set(flat) - set(found["loaded"]))
-        names = f" ({', '.join(kept[:4])}{', ...' if len(kept) > 4 else ''})" if kept else ""
-        return state, (
-            f"initialised {len(found['loaded'])} of {len(flat)} parameters from {settings.path}; "
-            f"{len(kept)} kept their initial values{names}"
-        )
+            state["ema"] = jax.tree.map(lambda leaf: leaf.copy(), state["params"])
+        return state, inherit.say(report, settings.path)
 
     def lower_step(self, batch_size: int) -> Any:
         """The train step of this global batch size, lowered and not compiled."""
@@ -187,3 +190,14 @@ class Programs:
     def eval_variables(self, state: Any) -> dict[str, Any]:
         """Parameters to evaluate and sample with: the average where one is kept."""
         return states.variables(state, self.ema > 0)
+
+
+def _is_axes(leaf: Any) -> bool:
+    return isinstance(leaf, tuple)
+
+
+def _base(params: Any, frozen: Any, is_leaf: Any = None) -> tuple[Any, dict[str, Any]]:
+    """(parameters under the names of the plain model, the adapters' own by path)."""
+    flat = tree.flatten(params, is_leaf) | tree.flatten(frozen, is_leaf)
+    own = {path: leaf for path, leaf in flat.items() if path.startswith("lora/")}
+    return tree.unflatten({path: leaf for path, leaf in flat.items() if path not in own}), own

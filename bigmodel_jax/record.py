@@ -11,7 +11,7 @@ import importlib.metadata
 import json
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -233,56 +233,3 @@ def same_model(leaves: Mapping[str, Any], flat: Mapping[str, Any], where: str) -
     dtypes = [f"{path} is {a}, the model has {b}" for path, (a, b) in pairs.items() if a != b]
     if dtypes:
         raise InputError(f"{where} has another dtype: {few(dtypes)}")
-
-
-def match(
-    leaves: Mapping[str, Any],
-    flat: Mapping[str, Any],
-    rename: Sequence[tuple[str, str]],
-    skip: Sequence[str],
-    ema: bool,
-) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """({target path: stored path}, report) for parameters stored under "ema/" or "params/".
-
-    Raises:
-      InputError: two stored names become one, or a rule is not a regular expression.
-    """
-    averaged = ema and any(path.startswith("ema/") for path in leaves)
-    prefix = "ema/" if averaged else "params/"
-    stored: dict[str, str] = {}
-    try:
-        for path in leaves:
-            if path.startswith(prefix):
-                new = path.removeprefix(prefix)
-                for pattern, replacement in rename:
-                    new = re.sub(pattern, replacement, new)
-                if new in stored:
-                    raise InputError(f"rename rules map '{stored[new]}' and '{path}' both to '{new}'")
-                stored[new] = path
-        skipped = {path for path in {**flat, **stored} if any(re.search(s, path) for s in skip)}
-    except re.error as error:
-        raise InputError(f"rename or skip rule {error.pattern!r} is not a regex: {error}") from error
-    same = [path for path in flat if path in stored and path not in skipped]
-    fits = {path: shape_of(leaves[stored[path]]) == tuple(flat[path].shape) for path in same}
-    report = {
-        "loaded": [path for path in same if fits[path]],
-        "missing": [path for path in flat if path not in stored and path not in skipped],
-        "unexpected": [path for path in stored if path not in flat and path not in skipped],
-        "shape_mismatch": [path for path in same if not fits[path]],
-        "skipped": sorted(skipped),
-    }
-    return {path: stored[path] for path in report["loaded"]}, report
-
-
-def judge(report: Mapping[str, list[str]], strict: bool, where: str) -> None:
-    """Refuse a start from other parameters that would not be what was meant.
-
-    Raises:
-      InputError: nothing was loaded, or, with `strict`, something does not fit.
-    """
-    kinds = ("missing", "unexpected", "shape_mismatch")
-    parts = [f"{len(report[k])} {k.replace('_', ' ')} ({few(report[k])})" for k in kinds if report[k]]
-    if not report["loaded"]:
-        raise InputError(f"{where}: no parameter name matches: {'; '.join(parts) or 'all skipped'}")
-    if strict and parts:
-        raise InputError(f"{where} does not fit: {'; '.join(parts)}; give rename or skip rules")

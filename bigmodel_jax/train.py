@@ -151,9 +151,14 @@ class _Run:
         with self.clock.span("compile"):
             state = self.programs.init(self.key)
         if self.settings["init_from"].path:
-            state, report = self.programs.initial_from(state, self.settings["init_from"])
-            self.screen.say(report)
+            state, line = self.programs.initial_from(state, self.settings["init_from"], self.tell_names)
+            self.screen.say(line)
         return state, 0
+
+    def tell_names(self, report: Mapping[str, Any]) -> None:
+        """Which parameters were taken over by `init_from`, in full, whether or not that is accepted."""
+        if hosts.is_first():
+            workdirs.write_json(self.workdir / "init_from.json", {"from": self.settings["init_from"].path, **report})
 
     def batches(self, start: int) -> Prefetch:
         """Global batches from `start` on, made ahead by a thread: from numpy, or from tf.data."""

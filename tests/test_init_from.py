@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from bigmodel_jax import checkpoint
-from bigmodel_jax.checkpoint import Checkpointer, init_from
+from bigmodel_jax.checkpoint import Checkpointer
 from bigmodel_jax.errors import InputError
+from bigmodel_jax.inherit import init_from, say
 from tests.states import same
 
 
@@ -68,3 +69,35 @@ def test_init_from_is_strict_and_never_vacuous(tmp_path):
     flip_record.write_text(flip_record.read_text().replace("[4, 3]", "[3, 4]"))
     with pytest.raises(InputError, match="damaged"):
         init_from(tmp_path, params)
+
+
+def test_another_vocabulary_and_more_positions(tmp_path):
+    old = {"tokens": jnp.arange(12.0).reshape(4, 3), "bias": jnp.arange(4.0), "places": jnp.arange(6.0).reshape(3, 2)}
+    with Checkpointer(tmp_path) as saver:
+        saver.save(1, {"params": old})
+    axes = {"tokens": ("vocab", "embed"), "bias": ("vocab",), "places": ("positions", "embed")}
+    new = {"tokens": jnp.full((6, 3), 7.0), "bias": jnp.full(6, 7.0), "places": jnp.full((5, 2), 7.0)}
+    with pytest.raises(InputError, match="3 shape mismatch"):
+        init_from(tmp_path, new, axes=axes)
+    both = {"vocab": "mean", "positions": "interpolate"}
+    found, report = init_from(tmp_path, new, axes=axes, resize=both, strict=True)
+    assert report["resized"] == ["bias", "places", "tokens"] and not report["shape_mismatch"]
+    np.testing.assert_array_equal(found["tokens"], [*np.arange(12.0).reshape(4, 3), [4.5, 5.5, 6.5], [4.5, 5.5, 6.5]])
+    np.testing.assert_array_equal(found["bias"], [0, 1, 2, 3, 1.5, 1.5])
+    np.testing.assert_array_equal(found["places"], [[0, 1], [1, 2], [2, 3], [3, 4], [4, 5]])
+    found, _ = init_from(tmp_path, new, axes=axes, resize={"vocab": "initial", "positions": "initial"})
+    np.testing.assert_array_equal(found["bias"], [0, 1, 2, 3, 7, 7])
+    np.testing.assert_array_equal(found["places"][3:], np.full((2, 2), 7.0))
+    wide = {**new, "tokens": jnp.zeros((6, 4))}  # another width is never a resized vocabulary
+    with pytest.raises(InputError, match="1 shape mismatch .tokens"):
+        init_from(tmp_path, wide, axes=axes, resize=both)
+    with pytest.raises(InputError, match="resize_vocab = 'zeros' should be"):
+        init_from(tmp_path, new, axes=axes, resize={"vocab": "zeros"})
+    assert "resized 3 (bias, places, tokens)" in say(report, "run")
+
+
+def test_the_report_comes_before_the_judgement(tmp_path):
+    params, told = _trained(tmp_path), []
+    with pytest.raises(InputError, match="1 missing .head.; give init_from.rename"):
+        init_from(tmp_path, {**params, "head": jnp.zeros(3)}, tell=told.append)
+    assert told[0]["missing"] == ["head"] and len(told[0]["loaded"]) == 3
