@@ -6,6 +6,7 @@ from bigmodel_jax.models.encdec import encoder_decoder
 from bigmodel_jax.models.mlp import linear, mlp
 from bigmodel_jax.models.model import Model, Output
 from bigmodel_jax.models.recurrent import recurrent_classifier, recurrent_lm
+from bigmodel_jax.models.recurrent_pair import recurrent_seq2seq
 from bigmodel_jax.models.resnet import resnet
 from bigmodel_jax.models.transformer import decoder, encoder
 
@@ -18,6 +19,7 @@ MODELS = {
     "mlp": mlp,
     "recurrent_lm": recurrent_lm,
     "recurrent_classifier": recurrent_classifier,
+    "recurrent_seq2seq": recurrent_seq2seq,
 }
 
 __all__ = ["MODELS", "Model", "Output"]

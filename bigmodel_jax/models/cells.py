@@ -108,8 +108,13 @@ def zero_state(cell: Cell, batch: int, hidden: int, dtype: Any) -> State:
 
 def prepare(w: Weights, dtype: Any) -> Weights:
     """Weights as a step wants them: matrices [.., A H] in `dtype`, biases in at least float32."""
-    flat = {n: jnp.moveaxis(w[n], 0, 1).reshape(w[n].shape[1], -1) for n in ("kernel", "recurrent") if n in w}
-    return {n: flat[n].astype(dtype) if n in flat else value.astype(wide(dtype)) for n, value in w.items()}
+
+    def ready(value: jax.Array) -> jax.Array:
+        if value.ndim < 3:
+            return value.astype(wide(dtype))
+        return jnp.moveaxis(value, 0, 1).reshape(value.shape[1], -1).astype(dtype)
+
+    return {name: ready(value) for name, value in w.items()}
 
 
 def gates_of(x: jax.Array, w: Weights) -> jax.Array:
@@ -163,6 +168,21 @@ def run(
     unroll = max(1, min(options.unroll, length))
     last, every = jax.lax.scan(step, state, (time_major, steps), reverse=reverse, unroll=unroll)
     return tuple(jnp.moveaxis(s, 0, 1) for s in every), last
+
+
+def attending(cell: Cell, read: Callable[[jax.Array], jax.Array]) -> Cell:
+    """The cell with a context that it reads before each step (Bahdanau et al. 2015, appendix A.2).
+
+    The context read(h) [B, E] enters all gates through the weight "context" [A, E, H]; it is the last of
+    the states, so that it comes out with them, and is never read back.
+    """
+
+    def step(x: jax.Array, state: State, w: Weights, options: Options) -> State:
+        context = read(state[0])
+        share = jnp.einsum("be,ez->bz", context.astype(x.dtype), w["context"]).reshape(x.shape)
+        return (*cell.step(x + share, state[:-1], w, options), context)
+
+    return Cell(cell.gates, cell.states + 1, step)
 
 
 def segment_flags(segments: jax.Array | None, reverse: bool = False) -> dict[str, jax.Array]:
