@@ -1,4 +1,4 @@
-"""Verbs that work on a finished or running run: evaluate it, sample from it; and `prepare`."""
+"""Open a finished or running run for reading, sample from it; and `prepare`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from typing import Any
 import jax
 
 from bigmodel_jax import experiment as experiments
-from bigmodel_jax import schema
+from bigmodel_jax import schema, sections
 from bigmodel_jax import workdir as workdirs
 from bigmodel_jax.checkpoint import Checkpointer
 from bigmodel_jax.data.prepare import prepare
 from bigmodel_jax.errors import InputError
-from bigmodel_jax.evaluate import evaluate, spec
 from bigmodel_jax.experiment import Experiment
 from bigmodel_jax.generate import generate
 from bigmodel_jax.programs import Programs, set_up_process
@@ -33,7 +32,7 @@ def open_run(
     workdir = workdirs.existing(path)
     config = json.loads((workdir / "config.json").read_text())
     config = experiments.resolve(config, overrides)
-    set_up_process(experiments.Runtime(**config["runtime"]))
+    set_up_process(sections.Runtime(**config["runtime"]))
     screen = Screen()
     with screen:
         exp = experiments.build(config, progress=screen.preparing)
@@ -44,23 +43,6 @@ def open_run(
         raise InputError(f"'{path}' has no checkpoint yet; train it first")
     state, meta = found
     return exp, programs, state, int(meta["step"])
-
-
-def evaluate_run(path: str, overrides: Sequence[str], step: int | None = None) -> dict[str, Any]:
-    """Every evaluation set on one checkpoint; prints the metrics as JSON."""
-    exp, programs, state, step = open_run(path, overrides, step)
-    settings = exp.section("eval")
-    results = {
-        name: evaluate(
-            programs.evaluate(name, exp.eval_rows, spec(pipeline)), state, pipeline,
-            programs.eval_sharding, exp.eval_rows,
-            coefficients=exp.objective.coefficients, batches=settings.batches,
-        )
-        for name, pipeline in exp.data.evals.items()
-    }  # fmt: skip
-    out = {"step": step, "eval": results}
-    print(json.dumps(out, indent=1, sort_keys=True))
-    return out
 
 
 def generate_from_run(

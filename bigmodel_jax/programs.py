@@ -18,7 +18,7 @@ from bigmodel_jax import tree
 from bigmodel_jax.data.storage import cache_root
 from bigmodel_jax.errors import InputError
 from bigmodel_jax.experiment import Experiment
-from bigmodel_jax.learn import optim
+from bigmodel_jax.learn import layers, optim
 from bigmodel_jax.learn import state as states
 from bigmodel_jax.learn import step as steps
 from bigmodel_jax.parallel import hosts
@@ -72,8 +72,8 @@ class Programs:
             states.create, exp.model.init, exp.tx, ema=self.ema > 0, window=exp.section("guard").window
         )
         shapes = jax.eval_shape(self._create, jax.random.key(0))
-        _, axes = exp.model.abstract()
-        self.shardings = states.shardings(shapes, axes, exp.mesh)
+        _, self.axes = exp.model.abstract()
+        self.shardings = states.shardings(shapes, self.axes, exp.mesh)
         self.state = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
             shapes, self.shardings,
@@ -112,7 +112,7 @@ class Programs:
         """
         from bigmodel_jax import inherit
 
-        _, axes = self.exp.model.abstract()
+        axes = self.axes
         base, rest = _base(state["params"], state.get("frozen", {}))
         found, report = inherit.init_from(
             settings.path, base, rename=settings.rename, skip=settings.skip, ema=settings.ema,
@@ -131,6 +131,7 @@ class Programs:
     def lower_step(self, batch_size: int) -> Any:
         """The train step of this global batch size, lowered and not compiled."""
         exp, guard = self.exp, self.exp.section("guard")
+        settings, params = exp.config["optimizer"], self.state["params"]
         fn = steps.make_train_step(
             exp.model.apply, exp.model.merge, exp.objective, exp.tx,
             lr=exp.learning_rate,
@@ -138,7 +139,8 @@ class Programs:
             ema=self.ema,
             mesh=exp.mesh,
             shardings=self.shardings,
-            frozen=optim.frozen(exp.config["optimizer"]["groups"], self.state["params"]),
+            frozen=optim.frozen(settings["groups"], params, self.axes["params"], settings["freeze_layers"]),
+            frozen_rows=layers.frozen_rows(params, self.axes["params"], settings["freeze_layers"]),
             norms=2 if exp.section("log").norms else 0,
         )  # fmt: skip
         batch = abstract_batch(exp.spec, self.batch_sharding, exp.cut(batch_size))

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from bigmodel_jax import experiment as experiments
-from bigmodel_jax import tree
+from bigmodel_jax import sections, tree
 from bigmodel_jax import workdir as workdirs
 from bigmodel_jax.checkpoint import Checkpointer
 from bigmodel_jax.data.pipeline import Prefetch
@@ -48,7 +48,7 @@ def train(config: Mapping[str, Any], path: str, *, allow_config_change: bool = F
       NumericAbort: bad steps in a row, or one under the "crash" policy.
     """
     clock = Clock()
-    set_up_process(experiments.Runtime(**config["runtime"]))
+    set_up_process(sections.Runtime(**config["runtime"]))
     screen = Screen()
     workdir = workdirs.open_workdir(path)
     with contextlib.ExitStack() as stack:
@@ -81,7 +81,7 @@ class _Run:
     ):
         self.exp, self.workdir, self.clock, self.screen = exp, workdir, clock, screen
         self.allow_config_change = allow_config_change
-        self.settings = {name: exp.section(name) for name in experiments.PLAIN}
+        self.settings = {name: exp.section(name) for name in sections.PLAIN}
         self.programs = Programs(exp)
         runtime, saving = self.settings["runtime"], self.settings["checkpoint"]
         self.preemption = stack.enter_context(hosts.Preemption())

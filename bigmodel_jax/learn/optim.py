@@ -24,6 +24,7 @@ import optax
 
 from bigmodel_jax import tree as trees
 from bigmodel_jax.errors import InputError, nearest
+from bigmodel_jax.learn import layers
 from bigmodel_jax.learn import muon as muon_rule
 
 Slots = dict[str, jax.Array]
@@ -269,9 +270,11 @@ def assign_groups(groups: Groups, params: Any) -> dict[str, dict[str, Any]]:
     return {path: trees.first_match(marked, path) for path in flat}
 
 
-def frozen(groups: Groups, params: Any) -> frozenset[str]:
-    """Paths of the parameters that `groups` freeze: no slots, no gradient, no update."""
-    return frozenset(p for p, o in assign_groups(groups, params).items() if o["freeze"])
+def frozen(groups: Groups, params: Any, axes: Any = None, freeze_layers: int = 0) -> frozenset[str]:
+    """Paths of the parameters that `groups` or `freeze_layers` freeze whole: no slots, no gradient, no update."""
+    fixed = layers.frozen_rows(params, axes, freeze_layers)
+    whole = {path for path, leaf in trees.flatten(params).items() if fixed.get(path, 0) >= max(leaf.shape, default=1)}
+    return frozenset(p for p, o in assign_groups(groups, params).items() if o["freeze"] or p in whole)
 
 
 def global_norm(tree: Any) -> jax.Array:
@@ -292,6 +295,8 @@ def make(
     decay: str = "decoupled",
     weight_decay: float = 0.0,
     groups: Groups = DEFAULT_GROUPS,
+    layer_decay: float = 1.0,
+    freeze_layers: int = 0,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Build the optimizer for these parameters.
@@ -305,6 +310,7 @@ def make(
         "l2": weight_decay * p joins the (clipped) gradient and so passes through the moments;
         "none": weight_decay must be 0.
       groups: ordered (regex, {"lr": multiplier, "decay": multiplier, "freeze": bool}).
+      layer_decay, freeze_layers: see layers.py; both need `axes`.
       options: of the named optimizer.
 
     Returns:
@@ -321,6 +327,10 @@ def make(
         raise InputError(f"decay 'none' with weight_decay {weight_decay}; name it {DECAYS[:2]}")
     rule = _checked_rule(name, options)
     settings = assign_groups(groups, params)
+    for path in frozen(groups, params, axes, freeze_layers):
+        settings[path] = settings[path] | {"freeze": True}
+    for path, factor in layers.multipliers(params, axes, layer_decay, freeze_layers).items():
+        settings[path] = settings[path] | {"lr": settings[path]["lr"] * factor}
     flat_axes = trees.flatten(axes, is_leaf=lambda a: isinstance(a, tuple)) if axes else {}
     rules = {
         path: rule(Leaf(tuple(leaf.shape), flat_axes.get(path)))
@@ -370,12 +380,19 @@ def _update(
         direction, own = rules[path].update(g, own, master, t.astype(g.dtype), keep)
         if wd and decay == "decoupled":
             direction = direction + wd * master
-        updates[path] = (-rate * settings[path]["lr"]).astype(g.dtype) * direction
+        updates[path] = _step(rate, settings[path]["lr"], direction)
         for slot, value in own.items():
             slots[slot][path] = value
     nested = {slot: trees.unflatten(values) for slot, values in slots.items()}
     ordered = trees.unflatten({path: updates[path] for path in flat})
     return ordered, {"count": keep(state["count"] + 1, state["count"])} | nested
+
+
+def _step(rate: jax.Array, factor: Any, direction: jax.Array) -> jax.Array:
+    """-rate * factor * direction; where a layer's factor is 0 the number that leaves any parameter as it is."""
+    update = (-rate * jnp.asarray(factor)).astype(direction.dtype) * direction
+    # x + (-0.0) is x bit for bit; x + 0.0 is not, for x = -0.0, and 0 * inf would be NaN.
+    return update if isinstance(factor, float) else jnp.where(jnp.asarray(factor) == 0, -0.0, update)
 
 
 def _keeper(good: jax.Array | None) -> Callable[[jax.Array, jax.Array], jax.Array]:

@@ -10,7 +10,8 @@ that batch had not existed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from jax.sharding import Mesh
 
 from bigmodel_jax import tree as trees
 from bigmodel_jax.errors import InputError
-from bigmodel_jax.learn import optim
+from bigmodel_jax.learn import layers, optim
 from bigmodel_jax.learn import state as states
 from bigmodel_jax.learn.objectives import Objective
 from bigmodel_jax.parallel import mesh as meshes
@@ -58,6 +59,7 @@ def make_train_step(
     rules: layout.Rules = layout.RULES,
     shardings: State | None = None,
     frozen: frozenset[str] = frozenset(),
+    frozen_rows: Mapping[str, int] = MappingProxyType({}),
     norms: int = 0,
 ) -> Callable[[State, Batch, jax.Array], tuple[State, StepMetrics]]:
     """Build train_step(state, batch, key) -> (state, metrics), not yet jitted (see `jit_train_step`).
@@ -72,7 +74,8 @@ def make_train_step(
       ema: decay of the averaged parameters, for a state that has them.
       mesh, rules: layout under which the model is traced; None for one device.
       shardings: of the state; gradients are pinned to those of the parameters.
-      frozen: paths of parameters that get neither gradient nor update.
+      frozen: paths of parameters that get neither gradient nor update. frozen_rows: {path: leading rows} of
+        stacked layers that get no gradient (tx leaves them alone).
       norms: depth of parameter path at which gradient, parameter and update norms are reported as
         "norm/grad/<prefix>", "norm/param/...", "norm/update/..."; 0 leaves them out.
 
@@ -87,7 +90,7 @@ def make_train_step(
     def train_step(state: State, batch: Batch, key: jax.Array) -> tuple[State, StepMetrics]:
         with layout.use(mesh, rules):
             trained, fixed = _split(state["params"], frozen)
-            run = _accumulate(apply, objective, state, fixed, batch, key, _pin(pinned))
+            run = _accumulate(apply, objective, state, fixed, frozen_rows, batch, key, _pin(pinned))
             loss, grads, metrics, updates = run(trained)
             grad_norm = optim.global_norm(grads)
             counters, verdict = _judged(state["guard"], guard, loss, grad_norm)
@@ -131,8 +134,8 @@ def _mean(total: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _accumulate(
-    apply: Callable, objective: Objective, state: State, fixed: dict[str, Any], batch: Batch,
-    key: jax.Array, pin: Callable,
+    apply: Callable, objective: Objective, state: State, fixed: dict[str, Any],
+    rows_kept: Mapping[str, int], batch: Batch, key: jax.Array, pin: Callable,
 ) -> Callable[[dict[str, Any]], tuple]:  # fmt: skip
     """trained parameters -> (loss, gradients, metrics, mean updates) of the whole batch."""
     steps, rows = jax.tree.leaves(batch)[0].shape[:2]
@@ -144,7 +147,8 @@ def _accumulate(
     weights = objective.weights(batch)
 
     def micro(trained: dict[str, Any], a: jax.Array, part: Batch) -> tuple:
-        variables = {"params": trees.unflatten(trained | fixed), "stats": state["stats"]}
+        trained = layers.keep_rows(trained, rows_kept)
+        variables = states.variables({**state, "params": trees.unflatten(trained | fixed)})
         rngs = {"dropout": _row_keys(key, state["step"], a * rows, rows)}
         terms, metrics, updates = objective(apply, variables, part, rngs, True)
         shares = {t: objective.coefficients[t] * _mean(s, weights[t]) for t, s in terms.items()}
