@@ -200,9 +200,14 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward around the residual stream x [B, L, D]."""
+    """One layer: attention and feed-forward around the residual stream x [B, L, D].
+
+    experts: a module in place of the feed-forward layer, called with x and segments; it gives its result
+      and what its router did, which becomes the layer's output beside the carry.
+    """
 
     spec: Spec
+    experts: Any = None
 
     @nn.compact
     def __call__(self, carry, number: jax.Array, context: Context):
@@ -226,13 +231,19 @@ class Block(nn.Module):
         y, cache = Attention(spec, name="attn")(before(x, "norm_attn"), context, number, cache)
         y = after(y, "norm_attn", SITE_ATTENTION_OUT)
         if spec.residual == "parallel":
-            z = Mlp(spec, name="mlp")(before(x, "norm_mlp"))
+            z, routed = self._feed(before(x, "norm_mlp"), context)
             x = joined(x + y + after(z, "norm_mlp", SITE_MLP_OUT), "")
         else:
             x = joined(x + y, "norm_attn")
             if spec.cross:
                 y, cache = Attention(spec, cross=True, name="cross")(before(x, "norm_cross"), context, number, cache)
                 x = joined(x + after(y, "norm_cross", SITE_CROSS_OUT), "norm_cross")
-            z = Mlp(spec, name="mlp")(before(x, "norm_mlp"))
+            z, routed = self._feed(before(x, "norm_mlp"), context)
             x = joined(x + after(z, "norm_mlp", SITE_MLP_OUT), "norm_mlp")
-        return (x, cache), None
+        return (x, cache), routed
+
+    @nn.nowrap
+    def _feed(self, x: jax.Array, context: Context) -> tuple[jax.Array, dict[str, jax.Array] | None]:
+        if self.experts is None:
+            return Mlp(self.spec, name="mlp")(x), None
+        return self.experts(self.spec, name="moe")(x, context.mask.segments_q)

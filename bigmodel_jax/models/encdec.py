@@ -68,6 +68,8 @@ class PairSpec(Spec):
         self._fill("embed_scale", self.embed_dim**0.5)
         if self.head not in ("lm", "none"):
             raise InputError(f"head='{self.head}': an encoder-decoder has the heads lm and none")
+        if self.num_experts or self.shared_layers or self.layer_pattern:
+            raise InputError("num_experts, shared_layers and layer_pattern are options of decoder and encoder alone")
         if self.residual == "parallel":
             raise InputError("residual='parallel' has no form with cross-attention; residual: sequential")
         if self.relative_buckets and (self.positions != "none" or self.relative_buckets < 4):
@@ -113,7 +115,7 @@ class Relative(nn.Module):
 
 
 class Side(nn.Module):
-    """Encoder or decoder: embedding, scanned layers, final norm. Returns (states, table, cache, extra)."""
+    """Encoder or decoder: embedding, scanned layers, final norm. Returns (states, table, cache)."""
 
     spec: PairSpec
 
@@ -136,10 +138,10 @@ class Side(nn.Module):
             bias = Relative(spec, name="relative")(mask, tokens.shape[1], keys_seen)
         context = Context(mask, rope, keys, length, bias, memory, memory_mask)
         held = None if cache is None else {n: cache[n] for n in ("k", "v", "cross_k", "cross_v")}
-        (x, held), extra = stack(spec)((x, held), jnp.arange(spec.num_layers), context)
+        (x, held), _ = stack(spec)((x, held), jnp.arange(spec.num_layers), context)
         if spec.norm_placement != "post":
             x = norm(spec, "norm_final", x)
-        return x, table, held, extra
+        return x, table, held
 
 
 class EncoderDecoder(nn.Module):
@@ -203,12 +205,12 @@ class EncoderDecoder(nn.Module):
         table = None if spec.source_vocab_size else self.embed()
         keys = ops.fold(dropout_keys if train else None, 1)
         seen = _memory_mask(tokens, segments, memory_segments)
-        x, table, held, extra = self.decoder(tokens, table, segments, positions, keys, cache, memory, seen)
+        x, table, held = self.decoder(tokens, table, segments, positions, keys, cache, memory, seen)
         if held is not None:
             held = cache | held | {"length": cache["length"] + tokens.shape[1]}
         if spec.head_scale != 1.0:
             x = x * jnp.asarray(spec.head_scale, x.dtype)
-        return Output(x, self.head(table), held, extra=extra or {})
+        return Output(x, self.head(table), held)
 
 
 def _memory_mask(tokens: jax.Array, segments: jax.Array | None, memory_segments: jax.Array | None) -> Mask:

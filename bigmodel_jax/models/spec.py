@@ -17,6 +17,7 @@ import jax
 from bigmodel_jax.errors import InputError
 from bigmodel_jax.models import layers as ops
 from bigmodel_jax.models.attention import BACKENDS
+from bigmodel_jax.models.routing import Routing
 
 POSITIONS = ("learned", "sinusoidal", "rotary", "alibi", "none")
 PLACEMENTS = ("pre", "post", "sandwich")
@@ -43,7 +44,7 @@ REMAT = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spec:
+class Spec(Routing):
     """Options of `decoder`; the defaults are GPT-2 small (Radford et al. 2019).
 
     num_kv_heads: 0 means num_heads; 1 is multi-query, between is grouped-query attention.
@@ -88,6 +89,7 @@ class Spec:
     unroll: layers per step of the scan over layers; the parameters stay the same.
     remat: what the backward pass keeps: none, dots, minimal, attention or full (see REMAT).
     dtype, param_dtype: of computation and of parameters.
+    num_experts and what follows it: see `routing.Routing`.
 
     Raises:
       InputError: options that do not fit together.
@@ -174,6 +176,7 @@ class Spec:
             if not 0.0 <= getattr(self, option) < 1.0:
                 raise InputError(f"{option}={getattr(self, option)} must be in [0, 1)")
         self._check_attention()
+        self.check_routing()
         self._check_head()
 
     def _fill(self, option: str, size: int) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from bigmodel_jax import flops
 from bigmodel_jax.errors import InputError
 from bigmodel_jax.models import layers as ops
+from bigmodel_jax.models import moe
 from bigmodel_jax.models.block import Block, Context, bias, norm, weight
 from bigmodel_jax.models.heads import Head, head_flops, read_out
 from bigmodel_jax.models.masks import Mask
@@ -108,7 +109,7 @@ class Transformer(nn.Module):
         if cache is not None:
             held["length"] = length + tokens.shape[1]
         x, extra = read_out(spec, x, segments, keys)
-        return Output(x, Head(spec, name="head")(table), held, extra=extra | (routed or {}))
+        return Output(x, Head(spec, name="head")(table), held, extra=extra | moe.extra(routed))
 
 
 def ropes(spec: Spec, positions: jax.Array, dtype: jnp.dtype):
@@ -126,7 +127,7 @@ def ropes(spec: Spec, positions: jax.Array, dtype: jnp.dtype):
 
 def stack(spec: Spec) -> nn.Module:
     """N layers as one scan: ((x, cache), numbers, context) -> ((x, cache), what each layer's router says)."""
-    block = Block
+    block, experts = Block, moe.Moe if spec.num_experts else None
     if spec.remat != "none":
         # Inside a scan the loop already keeps XLA from merging both computations.
         block = nn.remat(Block, policy=REMAT[spec.remat], prevent_cse=False)
@@ -134,7 +135,7 @@ def stack(spec: Spec) -> nn.Module:
         return nn.scan(
             block, length=spec.num_layers, variable_broadcast="params", split_rngs={"params": False},
             in_axes=(0, nn.broadcast), unroll=min(spec.unroll, spec.num_layers),
-        )(spec, name="layer")  # fmt: skip
+        )(spec, experts, name="layer")  # fmt: skip
     return nn.scan(
         block,
         length=spec.num_layers,
@@ -143,7 +144,7 @@ def stack(spec: Spec) -> nn.Module:
         in_axes=(0, nn.broadcast),
         unroll=min(spec.unroll, spec.num_layers),
         metadata_params={nn.PARTITION_NAME: "layers"},
-    )(spec, name="layers")
+    )(spec, experts, name="layers")
 
 
 def _check_inputs(spec: Spec, tokens, cache, segments, prefix, token_types) -> None:
@@ -162,13 +163,14 @@ def forward_flops(spec: Spec, length: int) -> float:
     """Forward matmul FLOPs per token at a length (see flops.py), heads included."""
     weights = flops.transformer_forward(
         layers=spec.num_layers, width=spec.embed_dim, heads=spec.num_heads, head_dim=spec.head_dim,
-        mlp=spec.mlp_dim, vocab=spec.vocab_size, length=0, kv_heads=spec.num_kv_heads,
+        mlp=moe.active_dim(spec), vocab=spec.vocab_size, length=0, kv_heads=spec.num_kv_heads,
         gated=ops.ACTIVATIONS[spec.activation][1], head_share=0.0,
     )  # fmt: skip
     if spec.token_dim != spec.embed_dim:
         weights += 2.0 * spec.token_dim * spec.embed_dim
     seen = min(length, spec.window if spec.causal else 2 * spec.window - 1)
     compared = sum(seen if local else length for local in spec.local)
+    weights += 2.0 * spec.num_layers * spec.embed_dim * spec.num_experts
     return weights + 4.0 * compared * spec.num_heads * spec.head_dim + head_flops(spec, length)
 
 
@@ -186,6 +188,7 @@ def _model(spec: Spec) -> Model:
         example=example,
         flops=lambda length: forward_flops(spec, length),
         cache=cache if spec.causal else None,
+        merge=moe.merging(spec),
     )
 
 

@@ -27,7 +27,7 @@ Rules = tuple[tuple[str, tuple[str, ...]], ...]
 
 LOGICAL = (
     "batch", "length", "vocab", "embed", "embed_act", "heads", "kv_heads", "head_dim", "mlp",
-    "layers", "norm", "conv_in", "conv_out", "classes", "spatial", "positions",
+    "layers", "norm", "conv_in", "conv_out", "classes", "spatial", "positions", "experts",
 )  # fmt: skip
 
 RULES: Rules = (
@@ -54,6 +54,7 @@ RULES: Rules = (
     ("head_dim", ("fsdp",)),
     ("positions", ("fsdp",)),
     ("classes", ("fsdp",)),
+    ("experts", ("fsdp",)),
 )
 
 # jit caches must see the active layout, or a function traced under one mesh would be reused
