@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bigmodel_jax.models.convnet import convnet
 from bigmodel_jax.models.encdec import encoder_decoder
 from bigmodel_jax.models.mlp import linear, mlp
 from bigmodel_jax.models.model import Model, Output
@@ -15,6 +16,7 @@ MODELS = {
     "encoder": encoder,
     "encoder_decoder": encoder_decoder,
     "resnet": resnet,
+    "convnet": convnet,
     "linear": linear,
     "mlp": mlp,
     "recurrent_lm": recurrent_lm,

@@ -196,6 +196,12 @@ def max_pool(x: jax.Array, side: int = 3, stride: int = 2) -> jax.Array:
     return lax.reduce_window(x, low, lax.max, window, strides, ((0, 0), *same(side), (0, 0)))
 
 
+def pool(x: jax.Array, kind: str, side: int, stride: int) -> jax.Array:
+    """"max" or "mean" over side x side windows that lie inside. [B, H, W, C] -> [B, H', W', C]."""
+    views = _windows(x, (side, side), stride, ((0, 0), (0, 0)))
+    return functools.reduce(jnp.maximum, views) if kind == "max" else sum(views) / len(views)
+
+
 class Conv(nn.Module):
     """Convolution without bias; the norm behind it has one. Parameter: kernel [K, K, C, O]."""
 
