@@ -37,6 +37,11 @@ def _parser() -> _Parser:
     evaluate = verb("eval", "Evaluate the latest checkpoint of a run.", config=False)
     evaluate.add_argument("--workdir", required=True)
     evaluate.add_argument("--step", type=int, help="checkpoint step, default the latest")
+    evaluate.add_argument("--out", default="", help="directory for eval.json, page and plots, default WORKDIR/eval")
+    evaluate.add_argument("--json", action="store_true", help="print eval.json instead of a table")
+    evaluate.add_argument("--context", type=int, default=0, help="causal LM: tokens of a window, default data.length")
+    evaluate.add_argument("--stride", type=int, default=0, help="new tokens in each window, default half the context")
+    evaluate.add_argument("--resamples", type=int, default=1000, help="of the bootstrap intervals")
     generate = verb("generate", "Continue a prompt with a trained decoder.", config=False)
     generate.add_argument("--workdir", required=True)
     generate.add_argument("--prompt", action="append", help="may be given several times")
@@ -84,9 +89,12 @@ def run(argv: Sequence[str]) -> None:
         config = experiment.resolve(experiment.read(args.config), overrides)
         train(config, args.workdir, allow_config_change=args.allow_config_change)
     elif args.verb == "eval":
-        from bigmodel_jax.offline import evaluate_run
+        from bigmodel_jax.assess import Options, evaluate_run
 
-        evaluate_run(args.workdir, overrides, step=args.step)
+        options = Options(context=args.context, stride=args.stride, resamples=args.resamples)
+        evaluate_run(
+            args.workdir, overrides, step=args.step, out=args.out, as_json=args.json, options=options
+        )
     elif args.verb == "generate":
         from bigmodel_jax.offline import generate_from_run
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bigmodel_jax import experiment, offline
+from bigmodel_jax import assess, experiment
 from bigmodel_jax.data.pipeline import Pipeline
 from bigmodel_jax.data.sources import Arrays
 from bigmodel_jax.evaluate import collect, evaluate, means
@@ -144,11 +144,11 @@ def test_in_the_loop_equals_offline_and_changes_nothing(tmp_path):
     raw["eval"] = {"batch_size": 16}
     once = train(experiment.resolve(raw), str(tmp_path / "once"))
     assert often["state_hash"] == once["state_hash"]
-    found = offline.evaluate_run(str(tmp_path / "often"), ["--config.eval.batch_size=37"])
+    found = assess.evaluate_run(str(tmp_path / "often"), ["--config.eval.batch_size=37"])
     for name, value in once["eval"]["validation"].items():
         assert found["eval"]["validation"][name] == pytest.approx(value, rel=1e-5)
         assert often["eval"]["validation"][name] == pytest.approx(value, rel=1e-5)
-    other = offline.evaluate_run(str(tmp_path / "often"), [], step=4)
+    other = assess.evaluate_run(str(tmp_path / "often"), [], step=4)
     assert other["step"] == 4
     programs = Programs(experiment.build(experiment.resolve(raw)))
     assert programs.compilations == 0

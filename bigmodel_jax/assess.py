@@ -1,0 +1,362 @@
+"""`bigmodel eval`: what a checkpoint is worth on every evaluation set, with intervals, as JSON and as a page.
+
+Sums come first, as in the training loop. Then one record per example, measured by what the records
+hold (classes, labelled tokens, spans, numbers, likelihood), and generated text where an example has
+references. Everything is computed from records ordered by example id, so it does not depend on batch
+size, devices or processes.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from bigmodel_jax import experiment as experiments
+from bigmodel_jax import offline
+from bigmodel_jax import workdir as workdirs
+from bigmodel_jax.data.pipeline import Pipeline
+from bigmodel_jax.data.text import TargetBytes
+from bigmodel_jax.data.token_rows import TokenShards
+from bigmodel_jax.data.windows import DocumentWindows
+from bigmodel_jax.errors import InputError
+from bigmodel_jax.evaluate import collect, evaluate, spec
+from bigmodel_jax.experiment import Experiment
+from bigmodel_jax.measures import classification, likelihood, page, plots, spans
+from bigmodel_jax.parallel import hosts
+from bigmodel_jax.programs import Programs
+
+Records = dict[str, np.ndarray]
+SHOWN = 400  # characters of an example's text
+_ENOUGH = 16  # tokens below which a document's mean loss says little
+
+
+@dataclass(frozen=True)
+class Options:
+    """context: tokens of an evaluation window (0: data.length); stride: new ones per window (0: half of it).
+    resamples, level, seed, method: of the intervals, see measures/intervals.py. worst: examples to show."""
+
+    context: int = 0
+    stride: int = 0
+    resamples: int = 1000
+    level: float = 0.95
+    seed: int = 0
+    method: str = "bca"
+    worst: int = 12
+
+    def bootstrap(self) -> dict[str, Any]:
+        return {"resamples": self.resamples, "level": self.level, "seed": self.seed, "method": self.method}
+
+
+@dataclass
+class Measured:
+    """One evaluation set. result: JSON values; plots: {kind: PNG}; pictures: {example id: PNG}."""
+
+    result: dict[str, Any]
+    plots: dict[str, bytes] = field(default_factory=dict)
+    pictures: dict[int, bytes] = field(default_factory=dict)
+
+
+class Examples:
+    """The examples of one evaluation set: their records, and what people and measures may ask of them."""
+
+    def __init__(self, exp: Experiment, name: str, pipeline: Pipeline, records: Records):
+        self.exp, self.pipeline, self.records = exp, pipeline, records
+        self.ids = records["id"]
+        self.columns = exp.data.about.get(name, {})
+
+    def column(self, name: str) -> list[Any] | None:
+        """A column of `Loaded.about`, in the order of the records; None where there is none."""
+        values = self.columns.get(name)
+        return None if values is None else [values[i] for i in self.ids]
+
+    def rows(self, places: Sequence[int]) -> dict[str, np.ndarray]:
+        """Batch rows {name: [n, ...]} of the records at these places."""
+        size = self.pipeline.size(0)
+        parts = [self.pipeline.batch(int(i) // size, [int(i) % size]) for i in self.ids[list(places)]]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def text(self, place: int) -> str:
+        """The example as text; "" where it is none."""
+        given = self.columns.get("text")
+        if given is not None:
+            return str(given[self.ids[place]])
+        data = self.exp.data
+        row = {name: value[0] for name, value in self.rows([place]).items()}
+        if "source" in row:
+            reader = data.source_tokenizer or data.tokenizer
+            return reader.decode(row["source"][row["source_segments"] > 0]) if reader is not None else ""
+        if data.tokenizer is None or "tokens" not in row:
+            return ""
+        tokens = row["tokens"].copy()
+        if "masked_positions" in row:
+            used = row["masked_weights"] > 0
+            tokens[row["masked_positions"][used]] = row["masked_targets"][used]
+        real = row["segments"] > 0 if "segments" in row else np.ones(len(tokens), bool)
+        return data.tokenizer.decode(tokens[real])
+
+
+def evaluate_run(
+    path: str,
+    overrides: Sequence[str],
+    step: int | None = None,
+    *,
+    out: str = "",
+    as_json: bool = False,
+    options: Options = Options(),  # noqa: B008 (frozen)
+) -> dict[str, Any]:
+    """Measure one checkpoint on every evaluation set; prints a table and writes eval.json, index.html, PNGs.
+
+    Args:
+      out: directory for them; "" is eval/ in the run's.
+      as_json: print eval.json's content instead of the table.
+
+    Returns:
+      What eval.json holds. "eval" is {set: sums as in the training loop}, "sets" {set: measures}.
+    """
+    exp, programs, state, step = offline.open_run(path, overrides, step)
+    if not exp.data.evals:
+        raise InputError(f"'{path}' has no evaluation set; its data holds nothing out")
+    settings = exp.section("eval")
+    sums, found = {}, {}
+    for name, pipeline in exp.data.evals.items():
+        sums[name] = evaluate(
+            programs.evaluate(name, exp.eval_rows, spec(pipeline)), state, pipeline, programs.eval_sharding,
+            exp.eval_rows, coefficients=exp.objective.coefficients, batches=settings.batches,
+        )  # fmt: skip
+        if exp.objective.records is not None:
+            found[name] = measure_set(exp, programs, state, name, pipeline, options)
+    report = {
+        "run": str(path), "step": step, "eval": sums,
+        "facts": _facts(exp, step), "options": options.__dict__,
+        "sets": {name: each.result for name, each in found.items()},
+    }  # fmt: skip
+    if hosts.is_first():
+        folder = workdirs.open_workdir(out or str(workdirs.existing(path) / "eval"))
+        write(folder, report, found)
+        print(json.dumps(report, indent=1, sort_keys=True) if as_json else table(report, folder))
+    return report
+
+
+def _facts(exp: Experiment, step: int) -> dict[str, Any]:
+    return {
+        "step": f"{step:,}",
+        "model": exp.config["model"]["name"],
+        "objective": exp.config["objective"]["name"],
+        "data": f"{exp.config['data']['name']} {exp.data.fingerprint[:12]}",
+        "config": experiments.config_hash(exp.config),
+        "made": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+    }
+
+
+def measure_set(
+    exp: Experiment, programs: Programs, state: Any, name: str, pipeline: Pipeline, options: Options
+) -> Measured:
+    """Records of one set, and everything they can tell."""
+    source = pipeline.source
+    by_document = exp.config["objective"]["name"] == "causal_lm" and isinstance(source, TokenShards)
+    if by_document:
+        pipeline = windows(exp, pipeline, options)
+    elif options.context or options.stride:
+        raise InputError(f"evaluation set '{name}' is not made of documents; --context and --stride need a causal LM")
+    step = programs.records(exp.eval_rows, spec(pipeline))
+    limit = exp.section("eval").batches
+    records = collect(step, state, pipeline, programs.eval_sharding, exp.eval_rows, batches=limit)
+    examples = Examples(exp, name, pipeline, records)
+    kinds = {"logits": _classes, "start_logits": _spans, "prediction": _numbers}
+    fn = next((fn for key, fn in kinds.items() if key in records), _tokens)
+    found = fn(examples, options)
+    found.result["level"] = options.level
+    if limit:
+        found.result["about"] += f"; the first {limit} batches only"
+    return found
+
+
+def windows(exp: Experiment, pipeline: Pipeline, options: Options) -> Pipeline:
+    """The documents behind a pipeline of token rows, as overlapping windows."""
+    context = options.context or exp.config["data"]["length"]
+    longest = exp.config["model"].get("max_length", 0)
+    if longest and context > longest:
+        raise InputError(f"--context {context} is longer than the model's max_length {longest}")
+    source = DocumentWindows(pipeline.source, context, options.stride or max(context // 2, 1))
+    sizes = TargetBytes(exp.data.tokenizer.byte_lengths())
+    return Pipeline(source, exp.eval_rows, pipeline.seed, (sizes,), shuffle=False)
+
+
+def _result(kind: str, about: str, units: str, found: Mapping[str, Any], worst: list[dict]) -> dict[str, Any]:
+    known = ("values", "intervals", "notes")
+    details = {key: value for key, value in found.items() if key not in (*known, "per_example")}
+    return {"kind": kind, "about": about, "units": units, "worst": worst, "details": details} | {
+        key: found[key] for key in known
+    }  # fmt: skip
+
+
+def _worst(loss: np.ndarray, count: int) -> np.ndarray:
+    return np.argsort(-np.nan_to_num(loss, nan=np.inf), kind="stable")[:count]
+
+
+def _classes(examples: Examples, options: Options) -> Measured:
+    """Images, texts or tables with one label each, or texts with one per token."""
+    records, names = examples.records, list(examples.exp.data.report.get("classes", ()))
+    groups, logits = examples.column("group"), records["logits"]
+    per_token = "labels" in records
+    if per_token:
+        used = records["weights"] > 0
+        owner = np.repeat(np.arange(len(used)), used.sum(axis=1))
+        groups = owner if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1][owner]
+        probabilities, labels = classification.softmax(logits[used]), records["labels"][used]
+    else:
+        probabilities, labels = classification.softmax(logits), records["label"]
+    names = names if len(names) == logits.shape[-1] else []
+    found = classification.measure(probabilities, labels, names=names, groups=groups, **options.bootstrap())
+    loss = records["loss"] / np.maximum(records.get("weight", 1.0), 1e-9)
+    worst, pictures = [], {}
+    for place in _worst(loss, options.worst):
+        entry = {"id": int(examples.ids[place]), "loss": _finite(loss[place])}
+        if not per_token:
+            called = int(probabilities[place].argmax())
+            entry |= {"label": found["classes"][int(labels[place])], "predicted": found["classes"][called]}
+            entry["confidence"] = _finite(probabilities[place, called])
+        if "image" in examples.exp.spec:
+            pictures[entry["id"]] = plots.picture(examples.rows([place])["image"][0])
+        else:
+            entry["text"] = _cut(examples.text(place))
+        worst.append(entry)
+    count = len(set(groups)) if groups is not None else len(labels)
+    about = f"{len(labels):,} labelled tokens of {len(loss):,} texts" if per_token else f"{len(labels):,} examples"
+    about += f" in {count:,} groups, which the intervals resample" if groups is not None else ""
+    drawn = {}
+    if found["roc"]:
+        drawn["roc"] = plots.roc(found["roc"])
+    if found["confusion"] is not None:
+        drawn["confusion"] = plots.confusion(found["confusion"], found["classes"])
+    if found["calibration"]:
+        drawn["reliability"] = plots.reliability(found["calibration"], found["values"]["ece"])
+    return Measured(_result("classes", about, "examples", found, worst), drawn, pictures)
+
+
+def _tokens(examples: Examples, options: Options) -> Measured:
+    """Likelihood of tokens: by document where there are any, else by row."""
+    records, source = examples.records, examples.pipeline.source
+    documents = isinstance(source, DocumentWindows)
+    groups = source.groups(examples.ids) if documents else examples.column("group")
+    found = likelihood.tokens(
+        records["loss"], records["weight"], correct=records.get("correct"), sizes=records.get("bytes"),
+        groups=groups, **options.bootstrap(),
+    )  # fmt: skip
+    sums = likelihood.by_group({k: records[k] for k in ("loss", "weight")}, groups)
+    mean = sums["loss"] / np.maximum(sums["weight"], 1e-9)
+    units = "documents" if documents else "examples" if groups is None else "groups"
+    about = f"{len(mean):,} {units}, {found['tokens']:,} tokens"
+    if documents:
+        about += (
+            f"; windows of {source.context} tokens, {source.stride} of them new: each token is predicted once, from "
+            f"all of its document before it or at least {source.context - source.stride} tokens of it"
+        )
+    worst = []
+    enough = sums["weight"] >= min(_ENOUGH, sums["weight"].max())
+    names = np.unique(groups) if groups is not None else np.arange(len(mean))
+    for place in _worst(np.where(enough, mean, -np.inf), options.worst):
+        entry = {"id": _plain(names[place]), "loss": _finite(mean[place]), "tokens": int(sums["weight"][place])}
+        if documents:
+            tokenizer = examples.exp.data.tokenizer
+            entry["text"] = _cut(tokenizer.decode(source.text_tokens(int(names[place]), SHOWN)))
+        else:
+            first = place if groups is None else int(np.flatnonzero(np.asarray(groups) == names[place])[0])
+            entry["text"] = _cut(examples.text(first))
+        worst.append(entry)
+    nll = found["values"]["nll"]
+    drawn = {} if nll is None else {"spread": plots.spread(mean, f"nats per token of each of the {units}", nll)}
+    return Measured(_result("tokens", about, units, found, worst), drawn)
+
+
+def _spans(examples: Examples, options: Options) -> Measured:
+    """Extractive answers: the best span as text against the accepted answers."""
+    records, tokenizer = examples.records, examples.exp.data.tokenizer
+    first, last, _ = spans.best_span(records["start_logits"], records["end_logits"])
+    references = examples.column("references")
+    predictions, wanted = [], []
+    for place in range(len(first)):
+        tokens = examples.rows([place])["tokens"][0]
+        own = (int(records["start"][place]), int(records["end"][place]))
+        predictions.append(_span_text(tokenizer, tokens, int(first[place]), int(last[place])))
+        wanted.append([_span_text(tokenizer, tokens, *own)] if references is None else list(references[place]))
+    found = spans.measure(predictions, wanted, groups=examples.column("group"), **options.bootstrap())
+    worst = [
+        {
+            "id": int(examples.ids[place]), "loss": _finite(records["loss"][place]), "predicted": predictions[place],
+            "answers": wanted[place], "text": _cut(examples.text(place)),
+        }
+        for place in _worst(records["loss"], options.worst)
+    ]  # fmt: skip
+    return Measured(_result("spans", f"{len(first):,} questions", "questions", found, worst))
+
+
+def _span_text(tokenizer: Any, tokens: np.ndarray, first: int, last: int) -> str:
+    """Text of a span; "" for the span of the first token alone, which stands for no answer."""
+    return "" if last == 0 else tokenizer.decode(tokens[first : last + 1]).strip()
+
+
+def _numbers(examples: Examples, options: Options) -> Measured:
+    """Predicted numbers."""
+    records, groups = examples.records, examples.column("group")
+    found = likelihood.numbers(records["prediction"], records["target"], groups=groups, **options.bootstrap())
+    error = np.abs(records["prediction"] - records["target"]).reshape(len(examples.ids), -1).mean(axis=1)
+    worst = [
+        {
+            "id": int(examples.ids[place]), "loss": _finite(records["loss"][place]),
+            "target": np.ravel(records["target"][place]).tolist(),
+            "predicted": np.ravel(records["prediction"][place]).tolist(),
+        }
+        for place in _worst(records["loss"], options.worst)
+    ]  # fmt: skip
+    drawn = {"spread": plots.spread(error, "absolute error of each of the examples", float(error.mean()))}
+    return Measured(_result("numbers", f"{len(error):,} examples", "examples", found, worst), drawn)
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= SHOWN else text[:SHOWN] + " …"
+
+
+def write(folder: epath.Path, report: Mapping[str, Any], found: Mapping[str, Measured]) -> None:
+    """eval.json, index.html, and SET-PLOT.png and SET-example-ID.png beside them."""
+    for name, each in found.items():
+        for kind, png in each.plots.items():
+            (folder / f"{name}-{kind}.png").write_bytes(png)
+        for number, png in each.pictures.items():
+            (folder / f"{name}-example-{number}.png").write_bytes(png)
+    workdirs.write_json(folder / "eval.json", report)
+    drawn = {name: each.plots for name, each in found.items()}
+    shown = {name: each.pictures for name, each in found.items()}
+    (folder / "index.html").write_text(page.render(report, drawn, shown))
+
+
+def table(report: Mapping[str, Any], folder: Any) -> str:
+    """What the terminal shows."""
+    lines = [f"{report['run']} at step {report['step']}"]
+    for name, sums in report["eval"].items():
+        shown = ", ".join(f"{page.title(k)} {page.number(v)}" for k, v in sums.items() if k != "examples")
+        lines += ["", f"{name}, as in training: {shown}"]
+        result = report["sets"].get(name)
+        if result:
+            lines.append(f"{name}: {result['about']}")
+            heads = ("measure", "value", f"{100 * result['level']:g}% interval", "")
+            rows = [heads, *page.table(result)]
+            widths = [max(len(row[i]) for row in rows) for i in range(3)]
+            for row in rows:
+                cells = [row[0].ljust(widths[0]), row[1].rjust(widths[1]), row[2].rjust(widths[2]), row[3]]
+                lines.append(f"  {'  '.join(cells)}".rstrip())
+    return "\n".join([*lines, "", f"page: {folder / 'index.html'}"])
