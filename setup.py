@@ -30,6 +30,7 @@ setup(
         "etils[epath]>=1.12,<2",
         "fsspec>=2025.1",
         "sentencepiece>=0.2.1,<0.3",
+        "tokenizers>=0.22,<0.24",
         "tensorflow-datasets>=4.9.9,<5",
         # Data only, so the build without GPU code. It has wheels for x86-64 alone.
         "tensorflow-cpu>=2.20,<2.22; platform_machine == 'x86_64' and sys_platform != 'darwin'",
@@ -53,6 +54,7 @@ setup(
             "pytest-xdist>=3.8,<4",
             "hypothesis>=6.150,<7",
             "onnx==1.23.2",
+            "safetensors>=0.6,<0.9",
             "tensorboard>=2.20,<3",
         ],
     },
