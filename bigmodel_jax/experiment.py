@@ -25,6 +25,7 @@ from bigmodel_jax.errors import InputError, nearest
 from bigmodel_jax.learn import optim, schedules
 from bigmodel_jax.learn.objectives import OBJECTIVES, Objective
 from bigmodel_jax.models import MODELS
+from bigmodel_jax.models.lora import lora
 from bigmodel_jax.models.model import Model
 from bigmodel_jax.parallel.mesh import check_batch, fill, make_mesh
 from bigmodel_jax.sections import (
@@ -222,6 +223,8 @@ def build(
         )
     _fit_model_to_data(config, data)
     model = MODELS[config["model"]["name"]](**_without_name(config["model"]))
+    if config["lora"]["rank"]:
+        model = lora(model, **config["lora"])
     objective = OBJECTIVES[config["objective"]["name"]](**_without_name(config["objective"]))
     learning_rate = schedules.make(
         peak=config["optimizer"]["lr"], total=run.steps, **config["schedule"]
@@ -245,7 +248,13 @@ def build(
 
 
 def _check_groups(model: Mapping[str, Any], accumulation: int, rows: int) -> None:
-    """Batch norm needs fixed groups of rows before a batch may be cut into microbatches."""
+    """Batch norm and experts need fixed groups of rows before a batch may be cut into microbatches."""
+    grouped = model.get("num_experts", 0) and model["expert_group"]
+    if model.get("num_experts", 0) and (accumulation > 1 if grouped == 0 else rows % grouped):
+        raise InputError(
+            f"model.expert_group {grouped} does not cut the {rows} rows of each of {accumulation} microbatches into "
+            f"whole groups; legal: {[d for d in range(1, rows + 1) if rows % d == 0]}"
+        )
     group = model.get("bn_group", 0) if model.get("norm") == "batch" else 0
     if model.get("norm") == "batch" and group == 0 and accumulation > 1:
         raise InputError(

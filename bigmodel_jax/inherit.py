@@ -17,6 +17,7 @@ import numpy as np
 
 from bigmodel_jax import checkpoint, record, tree
 from bigmodel_jax.errors import InputError
+from bigmodel_jax.models import lora
 from bigmodel_jax.record import Corrupt, few
 
 PUBLISHED = "hf:"
@@ -53,6 +54,8 @@ def stored(path: str, *, ema: bool = False, step: int | None = None) -> Stored:
         place = place / "checkpoints"
     step, about = record.find(place, step)
     leaves = about["leaves"]
+    if any(name.startswith("frozen/") for name in leaves):
+        return _merged(place, step, about, ema)
     prefix = "ema/" if ema and any(name.startswith("ema/") for name in leaves) else "params/"
     where = f"step {step} in {place}"
 
@@ -66,6 +69,39 @@ def stored(path: str, *, ema: bool = False, step: int | None = None) -> Stored:
 
     names = [name.removeprefix(prefix) for name in leaves if name.startswith(prefix)]
     return Stored(where, {name: record.shape_of(leaves[prefix + name]) for name in names}, load)
+
+
+def _merged(place: Any, step: int, about: Mapping[str, Any], ema: bool) -> Stored:
+    """A run that trained low-rank updates, as the plain model that it stands for."""
+    leaves, settings = about["leaves"], about["meta"]["config"]["lora"]
+    prefix = "ema/" if ema and any(name.startswith("ema/") for name in leaves) else "params/"
+    factors = f"{prefix}{lora.PREFIX}"
+    own = [name for name in leaves if name.startswith(prefix) and not name.startswith(factors)]
+    names = {name.split("/", 1)[1]: name for name in [*(n for n in leaves if n.startswith("frozen/")), *own]}
+
+    def load(wanted: Mapping[str, Any]) -> dict[str, Any]:
+        full = {names[path]: leaf for path, leaf in wanted.items()}
+        for path, leaf in wanted.items():
+            for half in ("a", "b"):
+                name = f"{factors}{path}/{half}"
+                if name in leaves:
+                    shape, dtype = record.shape_of(leaves[name]), leaves[name]["dtype"]
+                    full[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=whole(leaf.sharding))
+        try:
+            found = checkpoint.load(place / str(step), leaves, full)
+        except Corrupt as error:
+            raise InputError(f"step {step} in {place} is damaged: {error}") from error
+        out = {}
+        for path, leaf in wanted.items():
+            out[path] = found[names[path]]
+            if f"{factors}{path}/a" in full:
+                halves = [found[f"{factors}{path}/{half}"] for half in ("a", "b")]
+                scale = settings["alpha"] / settings["rank"]
+                out[path] = jax.jit(lora.add, out_shardings=leaf.sharding)(out[path], *halves, scale)
+        return out
+
+    shapes = {path: record.shape_of(leaves[name]) for path, name in names.items()}
+    return Stored(f"step {step} in {place}", shapes, load)
 
 
 def _published(folder: str) -> Stored:

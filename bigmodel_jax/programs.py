@@ -191,7 +191,11 @@ class Programs:
 
     def eval_variables(self, state: Any) -> dict[str, Any]:
         """Parameters to evaluate and sample with: the average where one is kept."""
-        return states.variables(state, self.ema > 0)
+        variables = states.variables(state, self.ema > 0)
+        if "frozen" not in variables:
+            return variables
+        # Once here, not at every token.
+        return {"params": jax.jit(self.exp.model.whole)(variables), "stats": variables["stats"]}
 
 
 def _is_axes(leaf: Any) -> bool:

@@ -158,7 +158,21 @@ class Schedule:
     warmup: int = 0
 
 
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank updates of a model that stays as it is, see models/lora.py.
+
+    rank: 0 trains the model itself. alpha: updates are scaled by alpha / rank. targets: regexes of the weights to
+    update. train: regexes of parameters that are trained whole (a new head).
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    targets: tuple = (r"attn/(q|v)$",)
+    train: tuple = ()
+
+
 PLAIN = {
     "eval": Eval, "mesh": MeshSize, "checkpoint": Checkpoint, "guard": Guard, "log": Log,
-    "runtime": Runtime, "sample": Sample, "init_from": InitFrom,
+    "runtime": Runtime, "sample": Sample, "init_from": InitFrom, "lora": Lora,
 }  # fmt: skip

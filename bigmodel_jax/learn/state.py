@@ -1,7 +1,8 @@
 """The training state: one plain dict, and where each of its leaves lives.
 
     {"step": int32, updates applied,   "params": ..., "stats": ..., "opt": ..., "guard": ...,
-     "ema": like params, only when averaging is on}
+     "ema": like params, only when averaging is on,
+     "frozen": what is neither trained nor averaged, only where the model has it}
 
 Optimizer leaves are matched to parameters by path and shape, never by partition metadata carried
 through the optimizer: the slot "opt/mu/layers/attn/q" ends in its parameter's path.
@@ -67,6 +68,8 @@ def create(
         "opt": tx.init(variables["params"]),
         "guard": guard(window),
     }
+    if variables.get("frozen"):
+        state["frozen"] = variables["frozen"]
     if ema:
         # A copy: two leaves in one buffer could not both be donated.
         state["ema"] = jax.tree.map(jnp.copy, variables["params"])
@@ -94,11 +97,13 @@ def shardings(
     out = {
         key: jax.tree.map(lambda _: whole, value)
         for key, value in abstract.items()
-        if key not in ("params", "stats", "opt", "ema")
+        if key not in ("params", "stats", "opt", "ema", "frozen")
     }
     out["params"] = trees.map_paths(lambda path, _: params[path], abstract["params"])
     out["stats"] = stats
     out["opt"] = trees.map_paths(of_slot, abstract["opt"])
+    if "frozen" in abstract:
+        out["frozen"] = layout.shardings(axes["frozen"], abstract["frozen"], mesh, rules)
     if "ema" in abstract:
         out["ema"] = out["params"]
     return out

@@ -7,7 +7,7 @@ optimizers, checkpoints and layouts only ever see names and shapes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -93,6 +93,10 @@ class Model:
             return tuple(leaf.names) if _boxed(leaf) else (None,) * leaf.ndim
 
         return shapes, jax.tree.map(axes, boxed, is_leaf=_boxed)
+
+    def whole(self, variables: Mapping[str, Any]) -> dict[str, Any]:
+        """Parameters under the names and shapes that `apply` of the plain model takes: what is exported."""
+        return variables["params"]
 
     def apply(
         self,
