@@ -133,7 +133,7 @@ def test_layouts_place_factors_like_their_weight(model):
     places = tree.flatten(states.shardings(state, axes, mesh))
     assert places["params/lora/layers/attn/q/a"].spec[1] == "fsdp"  # [N, D, r]
     assert places["params/lora/layers/attn/q/b"].spec[2] == "tensor"  # [N, r, H, K]
-    assert places["opt/mu/lora/layers/mlp/in/b"].spec[2] == "tensor"
+    assert "tensor" in places["opt/mu/lora/layers/mlp/in/b"].spec[2]
     assert places["frozen/layers/attn/q"].spec[1:3] == ("fsdp", "tensor")
 
 
