@@ -33,7 +33,7 @@ p, dl { margin: .3rem 0 } .soft { color: var(--soft); font-size: .875rem }
 th, td { text-align: right; padding: .25rem .7rem .25rem 0; border-bottom: 1px solid var(--line); white-space: nowrap }
 th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 7.5rem }
 th { font-weight: 600; font-size: .875rem; color: var(--soft) }
-.plots { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start }
+.plots { margin-top: .8rem; display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start }
 .plots figure { margin: 0; flex: 1 1 18rem; max-width: 30rem }
 .plots img { width: 100%; background: #fff; border-radius: 6px }
 figcaption { font-size: .875rem; color: var(--soft) }

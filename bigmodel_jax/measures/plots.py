@@ -69,7 +69,7 @@ def confusion(matrix: Any, names: Sequence[str]) -> bytes:
         axis.tick_params(length=0)
         axis.set(xlabel="predicted", ylabel="label")
 
-    side = min(4.2 + 0.16 * many, 9.0)
+    side = min(3.4 + 0.12 * many, 9.0)
     return _figure(draw, (side + 0.8, side))
 
 
@@ -89,7 +89,7 @@ def reliability(bins: Sequence[dict[str, Any]], ece: float) -> bytes:
                   markersize=4, linewidth=1)  # fmt: skip
         axis.set(xlabel="confidence (probability of the predicted class)", xlim=(0, 1), ylim=(0, 1.02))
         axis.set_title(f"expected calibration error {ece:.3f}", fontsize=9)
-        axis.legend(frameon=False, fontsize=8, loc="upper left")
+        axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3)
 
     return _figure(draw)
 
