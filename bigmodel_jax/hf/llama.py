@@ -110,13 +110,13 @@ def base_config(c: Config) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def base_foreign(s: Config, family: str, activation: str = "hidden_act") -> dict[str, Any]:
+def base_foreign(s: Config, family: str, activations: dict[str, str] = f.GATED) -> dict[str, Any]:
     """The inverse of `base_config`."""
     return f.architecture(s, family) | foreign_rope(s) | {
         "vocab_size": s["vocab_size"], "num_hidden_layers": s["num_layers"], "hidden_size": s["embed_dim"],
         "num_attention_heads": s["num_heads"], "num_key_value_heads": f.kv_heads(s), "head_dim": f.head_dim(s),
         "intermediate_size": f.mlp_dim(s), "max_position_embeddings": s["max_length"], "rms_norm_eps": s["norm_eps"],
-        activation: f.name_of(f.GATED, s["activation"], "activation"),
+        "hidden_act": f.name_of(activations, s["activation"], "activation"),
         "tie_word_embeddings": s["tied_embeddings"], "attention_dropout": s["attention_dropout"],
         "attention_bias": False,
     }  # fmt: skip
@@ -188,6 +188,11 @@ def _gemma_config(c: Config) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _gemma_foreign(s: Config, family: str = "Gemma") -> dict[str, Any]:
+    out = base_foreign(s, family, _GEMMA_ACTIVATIONS)
+    return out | {"hidden_activation": out["hidden_act"]}
+
+
 def _gemma2_config(c: Config, usual: str = "lg", caps: tuple[float, float] = (50.0, 30.0)) -> dict[str, Any]:
     ours = _gemma_config(c)
     scalar = f.number(c, "query_pre_attn_scalar", 256)
@@ -201,7 +206,7 @@ def _gemma2_config(c: Config, usual: str = "lg", caps: tuple[float, float] = (50
 
 def _gemma2_foreign(s: Config, family: str = "Gemma2") -> dict[str, Any]:
     scale = s["attention_scale"]
-    return base_foreign(s, family, "hidden_activation") | {
+    return _gemma_foreign(s, family) | {
         "query_pre_attn_scalar": round(scale**-2) if scale else f.head_dim(s),
         "sliding_window": s["window"] or 4096, "layer_types": _layer_types(s),
         "attn_logit_softcapping": s["attention_softcap"] or None,
@@ -233,7 +238,7 @@ FAMILIES = {
     "mistral": _family(_mistral_config, _mistral_foreign),
     "qwen2": _family(lambda c: _qwen_config(c) | {"qkv_bias": True}, lambda s: _qwen_foreign(s, "Qwen2")),
     "qwen3": _family(lambda c: _qwen_config(c) | {"qk_norm": True}, lambda s: _qwen_foreign(s, "Qwen3")),
-    "gemma": _family(_gemma_config, lambda s: base_foreign(s, "Gemma")),
+    "gemma": _family(_gemma_config, _gemma_foreign),
     "gemma2": _family(_gemma2_config, _gemma2_foreign),
     "gemma3_text": _family(_gemma3_config, _gemma3_foreign),
 }
