@@ -10,12 +10,14 @@ from bigmodel_jax.models.recurrent import recurrent_classifier, recurrent_lm
 from bigmodel_jax.models.recurrent_pair import recurrent_seq2seq
 from bigmodel_jax.models.resnet import resnet
 from bigmodel_jax.models.transformer import decoder, encoder
+from bigmodel_jax.models.vit import vit
 
 MODELS = {
     "decoder": decoder,
     "encoder": encoder,
     "encoder_decoder": encoder_decoder,
     "resnet": resnet,
+    "vit": vit,
     "convnet": convnet,
     "linear": linear,
     "mlp": mlp,

@@ -53,7 +53,7 @@ class Form(NamedTuple):
 FORMS: dict[str, Form] = {
     "lenet5": Form((Stage(6, 5, 1, 2, 2, 2), Stage(16, 5, 1, 0, 2, 2)), (120, 84), "tanh", "mean", 0.0),
     # For images of 8 to 16 pixels, on which two valid 5x5 convolutions leave nothing.
-    "lenet_small": Form((Stage(16, 3, 1, 1, 2, 2), Stage(32, 3, 1, 1, 2, 2)), (64,), "relu", "max", 0.0),
+    "lenet_small": Form((Stage(32, 3, 1, 1), Stage(64, 3, 1, 1, 2, 2)), (128,), "relu", "max", 0.0),
     "alexnet": Form(
         (
             Stage(64, 11, 4, 2, 3, 2), Stage(192, 5, 1, 2, 3, 2), Stage(384, 3, 1, 1), Stage(256, 3, 1, 1),
