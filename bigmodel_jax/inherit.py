@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bigmodel_jax import checkpoint, record, tree
+from bigmodel_jax.data import packages
 from bigmodel_jax.errors import InputError
 from bigmodel_jax.models import lora
 from bigmodel_jax.record import Corrupt, few
@@ -42,7 +43,7 @@ class Stored:
 
 
 def stored(path: str, *, ema: bool = False, step: int | None = None) -> Stored:
-    """A run, a checkpoint directory, or a published model as "hf:FOLDER".
+    """A run, a checkpoint directory, or a published model as "hf:FOLDER" or "hf:package:..." (see packages.py).
 
     Raises:
       InputError: nothing there that can be read, or a damaged checkpoint.
@@ -107,7 +108,7 @@ def _merged(place: Any, step: int, about: Mapping[str, Any], ema: bool) -> Store
 def _published(folder: str) -> Stored:
     from bigmodel_jax.hf import published
 
-    opened = published.open_folder(folder)
+    opened = published.open_folder(packages.locate(folder))
     shapes = published.shapes_of(opened.model)
 
     def load(wanted: Mapping[str, Any]) -> dict[str, Any]:

@@ -167,6 +167,11 @@ class Log:
         there = bool(hosts.from_first(int(found is not None)))
         return (found or {}) if there else None
 
+    def history(self, event: str, name: str = "") -> list[tuple[int, dict[str, Any]]]:
+        """(step, values) of every row of that event and name, by step. Complete on process 0 only."""
+        rows = [(step, values) for (step, e, n), values in self._found.items() if (e, n) == (event, name)]
+        return sorted(rows, key=lambda row: row[0])
+
     def _append(
         self, step: int, event: str, name: str, values: Mapping[str, Any], now: float
     ) -> dict[str, Any]:

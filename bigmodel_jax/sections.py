@@ -29,11 +29,18 @@ class Run:
 class Eval:
     """every: steps between evaluations (0: only at the end). batches: 0 is the whole set, once.
 
-    batch_size is rounded up to fill the devices alike; the result does not depend on it."""
+    batch_size is rounded up to fill the devices alike; the result does not depend on it.
+    metric: "SET/METRIC", for example "validation/accuracy": the checkpoint where it was best is kept in the folder
+    `best`. patience: stop after so many evaluations without a better one; 0 never stops. mode: "max", "min" or
+    "auto" (losses less, scores more). min_delta: what counts as better. See stopping.py."""
 
     every: int = 0
     batch_size: int = 32
     batches: int = 0
+    metric: str = ""
+    mode: str = "auto"
+    patience: int = 0
+    min_delta: float = 0.0
 
 
 @dataclass(frozen=True)

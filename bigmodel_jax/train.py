@@ -27,6 +27,7 @@ from bigmodel_jax.parallel import hosts
 from bigmodel_jax.parallel.feed import global_batch, local_rows
 from bigmodel_jax.programs import Programs, set_up_process
 from bigmodel_jax.screen import Screen
+from bigmodel_jax.stopping import Best, Stopping
 
 # A large model may take this long to compile before the watchdog calls it stuck.
 COMPILE_GRACE_S = 3600.0
@@ -50,6 +51,8 @@ def train(config: Mapping[str, Any], path: str, *, allow_config_change: bool = F
     clock = Clock()
     set_up_process(sections.Runtime(**config["runtime"]))
     screen = Screen()
+    for line in hosts.roster():
+        screen.say(line)
     workdir = workdirs.open_workdir(path)
     with contextlib.ExitStack() as stack:
         if hosts.is_first():
@@ -64,6 +67,8 @@ def train(config: Mapping[str, Any], path: str, *, allow_config_change: bool = F
             screen.say(line)
         if hosts.is_first():
             workdirs.record_start(workdir, exp.config)
+            if exp.data.report:
+                workdirs.write_json(workdir / "data.json", exp.data.report)
         return _Run(exp, workdir, clock, screen, stack, allow_config_change).go()
 
 
@@ -103,6 +108,9 @@ class _Run:
         self.tracing = False
         self.pending: tuple[int, Any] | None = None
         self.results: dict[str, Any] = {}
+        self.stopping = Stopping.of(self.settings["eval"], exp.data.evals)
+        self.best: Best | None = None
+        self.bests = stack.enter_context(self.keep_best()) if self.stopping else None
 
     def go(self) -> dict[str, Any]:
         exp, steps = self.exp, self.exp.run.steps
@@ -113,17 +121,19 @@ class _Run:
             while True:
                 if step > self.saved and (step == steps or self.due("checkpoint", step)):
                     self.save(step, state)
-                if step == steps or self.due("eval", step):
+                stop = step == steps
+                if stop or self.due("eval", step):
                     self.evaluate(step, state)
+                    stop |= self.judge(step, state)
                 if self.preemption.asked(step):
                     self.leave(step, state)
-                if step == steps:
+                if stop:
                     break
                 with self.clock.span("input"):
                     batch = next(batches)
                 state = self.advance(step, state, batch)
                 step += 1
-        return self.finish(state)
+        return self.finish(step, state)
 
     def due(self, section: str, step: int) -> bool:
         every = self.settings[section].every
@@ -226,16 +236,53 @@ class _Run:
         """Checkpoint. The metrics up to `step` are on disk before it."""
         self.settle()
         self.log.flush()
-        meta = {
+        with self.clock.span("checkpoint"):
+            self.checkpoints.save(step, state, self.meta(step))
+        self.saved = step
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """What a checkpoint says beside its arrays."""
+        return {
             "step": step,
             "seed": self.exp.run.seed,
             "config": self.exp.config,
             "config_hash": experiments.config_hash(self.exp.config),
             "data": self.exp.data.fingerprint,
         }
-        with self.clock.span("checkpoint"):
-            self.checkpoints.save(step, state, meta)
-        self.saved = step
+
+    def keep_best(self) -> Checkpointer:
+        """The folder of the best checkpoint, a checkpoint directory of its own with one step."""
+        saving = self.settings["checkpoint"]
+        return Checkpointer(
+            self.workdir / "best", keep_last=1, asynchronous=saving.asynchronous, timeout_s=saving.timeout_s,
+            log=lambda line: None,
+        )  # fmt: skip
+
+    def judge(self, step: int, state: Any) -> bool:
+        """Keep the checkpoint if it is the best so far; whether to stop for lack of a better one."""
+        if self.stopping is None or self.stopping.set not in self.results:
+            return False
+        self.best = self.stopping.best(self.log.history("eval", self.stopping.set)) if hosts.is_first() else None
+        improved = bool(hosts.from_first(int(self.best is not None and self.best.step == step)))
+        if improved and step not in self.bests.steps():
+            with self.clock.span("checkpoint"):
+                self.bests.save(step, state, self.meta(step))
+        over = bool(hosts.from_first(int(self.best is not None and self.stopping.over(self.best))))
+        if over and step > self.saved:
+            self.save(step, state)
+        if over:
+            self.screen.say(
+                f"stopped at step {step}: {self.settings['eval'].metric} was best at step "
+                f"{self.best.step if self.best else '?'} and not better since"
+            )
+        return over
+
+    def best_result(self) -> dict[str, Any]:
+        """Every evaluation at the best step, for result.json."""
+        if self.best is None:
+            return {}
+        sets = {name: dict(self.log.history("eval", name)).get(self.best.step) for name in self.exp.data.evals}
+        return {"best": {"step": self.best.step, self.settings["eval"].metric: self.best.value, "eval": sets}}
 
     def evaluate(self, step: int, state: Any) -> None:
         """Every evaluation set; nothing is computed twice after a resume."""
@@ -267,13 +314,15 @@ class _Run:
             self.checkpoints.wait()
         raise Preempted(f"stopped at step {step} of {self.exp.run.steps}; the same command continues")
 
-    def finish(self, state: Any) -> dict[str, Any]:
+    def finish(self, step: int, state: Any) -> dict[str, Any]:
         """Wait for the last save, sample, and write result.json and the loss curve."""
         from bigmodel_jax import report
 
         self.profile(self.exp.run.steps)
         with self.clock.span("checkpoint"):
             self.checkpoints.wait()
+            if self.bests is not None:
+                self.bests.wait()
         sample = self.settings["sample"]
         text = ""
         if sample.length:
@@ -281,9 +330,10 @@ class _Run:
                 text = report.sample(self.exp, self.programs.eval_variables(state), sample, self.key)
             self.screen.sampled(text)
         result = {
-            "step": self.exp.run.steps,
+            "step": step,
             "updates": int(state["step"]),
             "eval": self.results,
+            **self.best_result(),
             "parameters": tree.count(self.programs.state["params"]),
             "state_hash": report.state_hash(state),
             "config_hash": experiments.config_hash(self.exp.config),

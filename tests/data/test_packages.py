@@ -63,3 +63,24 @@ def test_every_failure_is_one_line(shelf):
         packages.fetch("wheel==1.0", "../../x", SHA)
     with pytest.raises(InputError, match="pinned"):
         packages.fetch("wheel>=1.0", "x", SHA)
+
+
+def test_a_folder_comes_whole(shelf):
+    digest = hashlib.sha256(
+        "".join(
+            f"{name} {hashlib.sha256(content).hexdigest()}\n"
+            for name, content in (("config.json", b"{}"), ("data/train.tsv", CONTENT))
+        ).encode()
+    ).hexdigest()
+    spec = f"package:wheel==1.0:pkg/:{digest}"
+    place = packages.fetch_folder("wheel==1.0", "pkg/", digest)
+    assert packages.locate(spec) == str(place) and packages.locate("a/b.csv") == "a/b.csv"
+    assert (place / "data" / "train.tsv").read_bytes() == CONTENT and shelf == ["wheel==1.0"]
+    (place / "config.json").write_bytes(b"[]")
+    assert packages.locate(spec) == str(place) and (place / "config.json").read_bytes() == b"{}"
+    with pytest.raises(InputError, match="expected " + "0" * 64):
+        packages.fetch_folder("wheel==1.0", "pkg", "0" * 64)
+    with pytest.raises(InputError, match="no folder 'pkgs'; did you mean 'pkg'"):
+        packages.fetch_folder("wheel==1.0", "pkgs", digest)
+    with pytest.raises(InputError, match="package:NAME==VERSION:MEMBER:SHA256"):
+        packages.locate("package:wheel==1.0")
