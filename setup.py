@@ -56,6 +56,7 @@ setup(
             "onnx==1.23.2",
             "safetensors>=0.6,<0.9",
             "tensorboard>=2.20,<3",
+            "lm-eval>=0.4.9,<0.5",
         ],
     },
     entry_points={"console_scripts": ["bigmodel = bigmodel_jax.cli:main"]},

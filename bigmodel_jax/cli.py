@@ -21,7 +21,7 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see {self.prog} --help)")
 
 
-def _parser() -> _Parser:
+def _parser(chosen: str = "") -> _Parser:
     parser = _Parser(prog="bigmodel", description="Pretrain, evaluate and sample models in JAX.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
@@ -42,6 +42,9 @@ def _parser() -> _Parser:
     evaluate.add_argument("--context", type=int, default=0, help="causal LM: tokens of a window, default data.length")
     evaluate.add_argument("--stride", type=int, default=0, help="new tokens in each window, default half the context")
     evaluate.add_argument("--resamples", type=int, default=1000, help="of the bootstrap intervals")
+    evaluate.add_argument("--tasks", default="", help="names of lm-eval harness tasks, with commas between")
+    evaluate.add_argument("--include", default="", help="folder of your own task files")
+    evaluate.add_argument("--limit", type=int, default=0, help="first examples of each task, default all")
     generate = verb("generate", "Continue a prompt with a trained decoder.", config=False)
     generate.add_argument("--workdir", required=True)
     generate.add_argument("--prompt", action="append", help="may be given several times")
@@ -50,6 +53,14 @@ def _parser() -> _Parser:
     generate.add_argument("--top-k", type=int, default=0)
     generate.add_argument("--top-p", type=float, default=0.95)
     generate.add_argument("--seed", type=int, default=0)
+    launch = verb("launch", "Run a training on a cluster, or as several processes here.", config=False)
+    if chosen == "launch":
+        from bigmodel_jax.launch import command
+
+        command.arguments(launch)
+    status = verb("status", "Progress, speed and last checkpoint of a running or dead job.", config=False)
+    status.add_argument("workdir")
+    status.add_argument("--json", action="store_true")
     prepare = verb("prepare", "Turn a corpus into token shards.", config=False)
     prepare.add_argument("--source", action="append", required=True, help="stdlib, files, folders, globs, tfds:...")
     prepare.add_argument("--out", required=True, help="directory for the shards")
@@ -72,7 +83,7 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _check_verb(arguments: Sequence[str]) -> None:
-    verbs = ("train", "eval", "generate", "prepare")
+    verbs = ("train", "eval", "generate", "prepare", "launch", "status")
     if arguments and not arguments[0].startswith("-") and arguments[0] not in verbs:
         raise InputError(f"unknown verb '{arguments[0]}'{nearest(arguments[0], verbs)}; verbs: {', '.join(verbs)}")
 
@@ -81,13 +92,20 @@ def run(argv: Sequence[str]) -> None:
     """Carry out one command; raises what went wrong."""
     arguments, overrides = _split(argv)
     _check_verb(arguments)
-    args = _parser().parse_args(arguments)
+    args = _parser(arguments[0] if arguments else "").parse_args(arguments)
     if args.verb == "train":
         from bigmodel_jax import experiment
         from bigmodel_jax.train import train
 
         config = experiment.resolve(experiment.read(args.config), overrides)
         train(config, args.workdir, allow_config_change=args.allow_config_change)
+    elif args.verb == "eval" and args.tasks:
+        from bigmodel_jax.harness import evaluate_tasks
+
+        evaluate_tasks(
+            args.workdir, overrides, tasks=args.tasks.split(","), include=args.include, step=args.step, out=args.out,
+            limit=args.limit,
+        )  # fmt: skip
     elif args.verb == "eval":
         from bigmodel_jax.assess import Options, evaluate_run
 
@@ -102,6 +120,17 @@ def run(argv: Sequence[str]) -> None:
             args.workdir, overrides, prompts=args.prompt or [""], length=args.length,
             temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
         )  # fmt: skip
+    elif args.verb == "launch":
+        from bigmodel_jax.launch.command import launch
+
+        launch(args, overrides)
+    elif args.verb == "status":
+        import json
+
+        from bigmodel_jax import status
+
+        found = status.read(args.workdir)
+        print(json.dumps(found) if args.json else "\n".join(status.show(found)))
     else:
         from bigmodel_jax.offline import prepare_corpus
 

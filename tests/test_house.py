@@ -15,7 +15,7 @@ PACKAGE = ROOT / "bigmodel_jax"
 # Imports go down only; a room on one floor may import another on the same floor where no circle results.
 FLOORS = {
     "cli": 7,
-    "train": 6, "offline": 6, "assess": 6, "convert": 6,
+    "train": 6, "offline": 6, "assess": 6, "harness": 6, "convert": 6,
     "experiment": 5, "sections": 5, "programs": 5, "inherit": 5, "checkpoint": 5, "record": 5, "evaluate": 5,
     "workdir": 5, "stopping": 5, "report": 5, "screen": 5,
     "learn": 4, "hf": 4, "generate": 4,
@@ -31,6 +31,7 @@ ONLY = {
     "tensorflow": {"data"},
     "tensorflow_datasets": {"data"},
     "ml_collections": {"experiment"},
+    "lm_eval": {"harness"},
 }
 MESH_AXES = {"data", "fsdp", "tensor"}
 BANNED = re.compile(r"(^|/)(utils?|helpers?|managers?|misc|common)\.py$")
