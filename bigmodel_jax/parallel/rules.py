@@ -26,7 +26,7 @@ from bigmodel_jax.errors import InputError, nearest
 Rules = tuple[tuple[str, tuple[str, ...]], ...]
 
 LOGICAL = (
-    "batch", "length", "vocab", "embed", "embed_act", "heads", "kv_heads", "head_dim", "mlp",
+    "batch", "length", "vocab", "vocab_act", "embed", "embed_act", "heads", "kv_heads", "head_dim", "mlp",
     "layers", "norm", "conv_in", "conv_out", "classes", "spatial", "positions", "experts",
 )  # fmt: skip
 
@@ -36,6 +36,7 @@ RULES: Rules = (
     ("batch", ("fsdp",)),
     # Megatron: one dimension of every matrix, so that a pair of matmuls costs one all-reduce.
     ("vocab", ("tensor",)),
+    ("vocab_act", ("tensor",)),  # of a table being read: whole over fsdp, which cuts the rows that are read
     ("heads", ("tensor",)),
     ("kv_heads", ("tensor",)),
     ("mlp", ("tensor",)),
