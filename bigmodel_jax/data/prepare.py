@@ -25,6 +25,7 @@ import numpy as np
 from bigmodel_jax.data import dedup
 from bigmodel_jax.data.corpus import Entry, list_entries, printable, read_bytes
 from bigmodel_jax.data.filters import Filters
+from bigmodel_jax.data.published import FOLDER
 from bigmodel_jax.data.selection import Progress, Recipe, content_hash, deduplicate, read_into, split
 from bigmodel_jax.data.shards import Spool, token_dtype, write_file, write_split
 from bigmodel_jax.data.storage import is_url
@@ -73,8 +74,9 @@ def prepare(
     """Write the token shards of a corpus to `out_dir` and return its meta.json.
 
     source_spec: one source or several; see bigmodel_jax.data.corpus.
-    tokenizer: "bpe", "unigram" or "bytes" to train one on the train split, or the path of a SentencePiece
-        model or of a prepared directory to take its tokenizer. vocab_size, pieces: see train_tokenizer.
+    tokenizer: "bpe", "unigram" or "bytes" to train one on the train split, or the path of one to take (see
+        load_tokenizer): a SentencePiece model, a prepared directory, a converted run, a folder with a published
+        tokenizer. vocab_size, pieces: see train_tokenizer.
     validation_fraction: share of documents held out, chosen by a hash of their text and `seed`, so that
         adding documents moves none. Where chance leaves a split empty, one document is moved and the report
         says so; a corpus of one document is an InputError. 0 makes no validation split.
@@ -289,7 +291,9 @@ class _Job:
     def _tokenizer(self, train: np.ndarray, spool: Spool) -> tuple[Tokenizer, int]:
         """The given tokenizer, or one trained on a sample of the train split; and the size of the sample."""
         if self.given:
-            self.given.save(self.partial)
+            place = os.path.join(self.partial, FOLDER) if self.given.kind == "published" else self.partial
+            os.makedirs(place, exist_ok=True)
+            self.given.save(place)
             return self.given, 0
         ranges = train[:, :2].astype(np.int64)
         sizes = ranges[:, 1] - ranges[:, 0]
@@ -325,7 +329,7 @@ class _Job:
             "version": VERSION,
             "dtype": token_dtype(tokenizer.vocab_size),
             "vocab_size": tokenizer.vocab_size,
-            "tokenizer": "bytes" if tokenizer.kind == "bytes" else MODEL_FILE,
+            "tokenizer": {"bytes": "bytes", "published": FOLDER}.get(tokenizer.kind, MODEL_FILE),
             "eos": tokenizer.eos,
             "pad": tokenizer.pad,
             "mask": tokenizer.mask,
@@ -383,6 +387,6 @@ def _read_meta(folder: str) -> tuple[dict[str, Any], str | None]:
                 meta,
                 f"lost {name}" if actual < 0 else f"holds {name} with {actual} bytes instead of {size}",
             )
-    if meta["tokenizer"] != "bytes" and not os.path.exists(os.path.join(folder, MODEL_FILE)):
-        return meta, f"lost {MODEL_FILE}"
+    if meta["tokenizer"] != "bytes" and not os.path.exists(os.path.join(folder, str(meta["tokenizer"]))):
+        return meta, f"lost {meta['tokenizer']}"
     return meta, None

@@ -13,20 +13,22 @@ learned, which on Python source is worth 6% fewer tokens. Runs of spaces are pie
 from __future__ import annotations
 
 import collections
+import contextlib
 import hashlib
 import io
 import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
 from bigmodel_jax.data.corpus import read_bytes
+from bigmodel_jax.data.pieces import SPACE, Bytes, Tokenizer, cores, one_line, piece_bytes, utf8
+from bigmodel_jax.data.published import FOLDER, open_published
+from bigmodel_jax.data.storage import size_of
 from bigmodel_jax.errors import InputError, nearest
 
-SPACE = "\u2581"
 MODEL_FILE = "tokenizer.model"
 KINDS = ("bpe", "unigram", "bytes")
 PIECES = {  # what a piece may run across -> SentencePiece switches
@@ -47,116 +49,6 @@ _CHUNK = 4000  # characters of text per training sentence
 _SEGMENT = 1 << 18  # longest text given to SentencePiece at once: its memory is about 100 bytes per character
 _COVERAGE = 0.9999
 _RESERVED = 4 + 3 + 256  # special pieces, tab runs, bytes
-_KANA_HAN = re.compile(
-    "[\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff]"
-)  # written without spaces
-
-
-class Tokenizer:
-    """A table of pieces: `table[id]` is the UTF-8 an id stands for, b"" for special ids.
-
-    Attributes: `kind`, `eos`, `pad`, `mask` (None where the vocabulary has no mask id), `fingerprint`
-    (sha256).
-    """
-
-    kind = "bytes"
-
-    def __init__(
-        self,
-        table: Sequence[bytes],
-        special: Iterable[int],
-        eos: int,
-        pad: int,
-        mask: int | None,
-        fingerprint: str,
-    ):
-        self.table = list(table)
-        self.eos, self.pad, self.mask, self.fingerprint = eos, pad, mask, fingerprint
-        self._special = np.zeros(len(self.table), bool)
-        self._special[list(special)] = True
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids, special ones included."""
-        return len(self.table)
-
-    def encode(self, text: str) -> np.ndarray:
-        """Return ids [n] int32 of `text`, without eos. A lone surrogate, which UTF-8 cannot write, is an
-        InputError.
-        """
-        return self.encode_batch([text])[0]
-
-    def encode_batch(self, texts: Sequence[str], threads: int = 0) -> list[np.ndarray]:
-        """Return one id array [n_i] int32 per text. `threads` 0 uses every core; the result does not depend
-        on it.
-        """
-        raise TypeError("use Bytes, SentencePiece or load_tokenizer")
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of `ids`; special ids are silent, broken UTF-8 (a sampled id sequence) becomes
-        U+FFFD.
-        """
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Return the bytes `ids` stand for. An id outside the vocabulary is an InputError."""
-        array = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), np.int64).reshape(-1)
-        if array.size and not (0 <= array.min() and array.max() < self.vocab_size):
-            raise InputError(
-                f"token id {array.max() if array.min() >= 0 else array.min()} is outside the "
-                f"vocabulary of {self.vocab_size}"
-            )
-        return b"".join(map(self.table.__getitem__, array.tolist()))
-
-    def byte_lengths(self) -> np.ndarray:
-        """UTF-8 bytes of each piece, [V] int32; 0 for special ids. Over a document's tokens they add up to
-        its size.
-        """
-        return np.array([len(piece) for piece in self.table], np.int32)
-
-    def starts_word(self) -> np.ndarray:
-        """[V] bool: the piece begins a word rather than continuing the one before it (for whole-word
-        masking).
-
-        A piece continues a word when it begins with a letter, digit, underscore or a byte of a longer
-        character; Han, kana and Hangul characters are written without spaces and begin words themselves.
-        Special ids are True.
-        """
-        return np.array(
-            [
-                special or _starts_word(piece)
-                for piece, special in zip(self.table, self._special, strict=True)
-            ],
-            bool,
-        )
-
-    def special(self) -> np.ndarray:
-        """[V] bool: ids that stand for no text (eos, pad, mask, unknown) and are never produced by encode."""
-        return self._special.copy()
-
-    def save(self, directory: str) -> str:
-        """Write what load_tokenizer needs into an existing local folder; return what meta.json calls it."""
-        return "bytes"
-
-
-def _starts_word(piece: bytes) -> bool:
-    try:
-        first = piece.decode("utf-8")[:1]
-    except UnicodeDecodeError:
-        return False
-    return not (first.isalnum() or first == "_") or bool(_KANA_HAN.match(first))
-
-
-class Bytes(Tokenizer):
-    """UTF-8 bytes as ids 0-255, then eos 256, pad 257, mask 258."""
-
-    def __init__(self) -> None:
-        table = [bytes([value]) for value in range(256)] + [b""] * 3
-        fingerprint = hashlib.sha256(b"bigmodel bytes 1: 0-255, eos 256, pad 257, mask 258").hexdigest()
-        super().__init__(table, (256, 257, 258), 256, 257, 258, fingerprint)
-
-    def encode_batch(self, texts: Sequence[str], threads: int = 0) -> list[np.ndarray]:
-        return [np.frombuffer(_utf8(text), np.uint8).astype(np.int32) for text in texts]
 
 
 class SentencePiece(Tokenizer):
@@ -170,11 +62,11 @@ class SentencePiece(Tokenizer):
         try:
             processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, ValueError, TypeError) as error:
-            raise InputError(f"{name} is not a SentencePiece model: {_one_line(error)}") from None
+            raise InputError(f"{name} is not a SentencePiece model: {one_line(error)}") from None
         self.model, self._processor = model, processor
         size = processor.get_piece_size()
         special = [i for i in range(size) if processor.is_control(i) or processor.is_unknown(i)]
-        table = [_piece_bytes(processor, i) for i in range(size)]
+        table = [piece_bytes(processor, i) for i in range(size)]
         eos = processor.eos_id()
         if eos < 0:
             raise InputError(f"{name} has no end-of-sequence piece; train it with one (eos_id)")
@@ -215,8 +107,8 @@ class SentencePiece(Tokenizer):
                     parts.append(segment)
             owners.append(owner)
         for part in parts:
-            _utf8(part)
-        encoded = self._processor.encode(parts, num_threads=threads or _cores()) if parts else []
+            utf8(part)
+        encoded = self._processor.encode(parts, num_threads=threads or cores()) if parts else []
         result = []
         for owner in owners:
             if len(owner) == 1 and owner[0] >= 0:
@@ -238,32 +130,6 @@ class SentencePiece(Tokenizer):
             os.fsync(file.fileno())
         os.replace(path + ".tmp", path)
         return MODEL_FILE
-
-
-def _cores() -> int:
-    """Cores this process may use, which a batch system can set below those of the machine."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _piece_bytes(processor: Any, index: int) -> bytes:
-    if processor.is_control(index) or processor.is_unknown(index):
-        return b""
-    piece = processor.id_to_piece(index)
-    return bytes([int(piece[1:-1], 16)]) if processor.is_byte(index) else piece.replace(SPACE, " ").encode()
-
-
-def _utf8(text: str) -> bytes:
-    try:
-        return text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"text holds a lone surrogate at character {error.start}, which UTF-8 cannot write; "
-            "clean it first"
-        ) from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def _segments(text: str, size: int) -> Iterator[str]:
@@ -353,36 +219,53 @@ def _train(sentences: list[str], kind: str, vocab_size: int, pieces: str) -> byt
                 "text, a smaller vocab_size or tokenizer='bytes'"
             ) from None
         raise InputError(
-            f"training a {kind} tokenizer of {vocab_size} pieces failed: {_one_line(error)}"
+            f"training a {kind} tokenizer of {vocab_size} pieces failed: {one_line(error)}"
         ) from None
     return model.getvalue()
 
 
 def load_tokenizer(path: str) -> Tokenizer:
-    """Open the tokenizer of a prepared directory (local or URL), or a SentencePiece file.
+    """Open the tokenizer of a prepared directory (local or URL), of a converted run, of a folder with a
+    published one (see published.py), or a SentencePiece file that loses no text.
 
     A directory whose meta.json names another fingerprint than the file has is an InputError.
     """
     path = os.fspath(path).rstrip("/")
     if path.endswith(".model"):
         return SentencePiece(read_bytes(path), path)
+    found = None if _exists(f"{path}/meta.json") else _of_model(path)
+    if found is not None:
+        return found
     try:
         meta = json.loads(read_bytes(f"{path}/meta.json"))
         name, expected = meta["tokenizer"], meta["tokenizer_fingerprint"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{path}/meta.json is damaged ({_one_line(error)}); prepare the directory again"
+            f"{path}/meta.json is damaged ({one_line(error)}); prepare the directory again"
         ) from None
-    if name not in ("bytes", MODEL_FILE):
+    if name not in ("bytes", MODEL_FILE, FOLDER):
         raise InputError(f"{path}/meta.json names the tokenizer {name!r}; expected 'bytes' or '{MODEL_FILE}'")
-    tokenizer = (
-        Bytes()
-        if name == "bytes"
-        else SentencePiece(read_bytes(f"{path}/{MODEL_FILE}"), f"{path}/{MODEL_FILE}")
-    )
+    tokenizer = Bytes() if name == "bytes" else _of_model(f"{path}/{FOLDER}" if name == FOLDER else path)
+    if tokenizer is None:
+        raise InputError(f"{path} lost its {name}; prepare the directory again")
     if tokenizer.fingerprint != expected:
         raise InputError(
-            f"{path}/{MODEL_FILE} has fingerprint {tokenizer.fingerprint[:12]}, meta.json says "
+            f"{path}/{name} has fingerprint {tokenizer.fingerprint[:12]}, meta.json says "
             f"{str(expected)[:12]}; prepare the directory again"
         )
     return tokenizer
+
+
+def _exists(path: str) -> bool:
+    try:
+        return size_of(path) >= 0
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def _of_model(path: str) -> Tokenizer | None:
+    """The tokenizer of a run's folder or of a published model, ours where it is one of ours."""
+    if _exists(f"{path}/{MODEL_FILE}") and not _exists(f"{path}/tokenizer.json"):
+        with contextlib.suppress(InputError):  # one that loses text is read as its model reads it
+            return SentencePiece(read_bytes(f"{path}/{MODEL_FILE}"), f"{path}/{MODEL_FILE}")
+    return open_published(path) or (None if path.endswith(f"/{FOLDER}") else _of_model(f"{path}/{FOLDER}"))
