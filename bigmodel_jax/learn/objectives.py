@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from bigmodel_jax.errors import InputError
 from bigmodel_jax.learn import losses
+from bigmodel_jax.learn.experts import RouterLosses
 
 Batch = Mapping[str, jax.Array]
 Terms = dict[str, jax.Array]
@@ -58,16 +59,22 @@ def _wide_sum(x: jax.Array) -> jax.Array:
 
 
 def causal_lm(
-    chunk: int = 0, z_loss: float = 0.0, label_smoothing: float = 0.0
+    chunk: int = 0,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    balance_loss: float = 0.0,
+    router_z_loss: float = 0.0,
 ) -> Objective:
     """Next-token prediction. Batch: tokens, targets, weights [B, L]; optional segments, positions
     [B, L], prefix [B], bytes [B, L] (UTF-8 bytes of each target; adds bits_per_byte).
 
-    Args: as in `losses.cross_entropy`.
+    Args: as in `losses.cross_entropy`; balance_loss, router_z_loss: coefficients, see learn/experts.py. A
+      model with experts adds the metrics balance, router_z and dropped, the share of choices without room.
     """
+    router = RouterLosses(balance_loss, router_z_loss)
 
     def weights(batch: Batch) -> Terms:
-        return {"loss": _wide_sum(batch["weights"])}
+        return {"loss": _wide_sum(batch["weights"])} | router.weights(batch, batch["weights"])
 
     def sums(
         apply: Callable, variables: Any, batch: Batch, rngs: Any = None, train: bool = True
@@ -82,14 +89,15 @@ def causal_lm(
         metrics = _token_metrics(aux, _wide_sum(w))
         if "bytes" in batch:
             metrics["bits_per_byte"] = (aux["nll"] / math.log(2), _wide_sum(w * batch["bytes"]))
-        return {"loss": loss}, metrics, out.updates
+        routed, more = router.sums(out.extra, w)
+        return {"loss": loss} | routed, metrics | more, out.updates
 
     def records(apply: Callable, variables: Any, batch: Batch) -> dict[str, jax.Array]:
         inputs = _inputs(batch, "tokens", "segments", "positions", "prefix")
         out = apply(variables, train=False, **inputs)
         return token_records(out.hidden, out.head, batch["targets"], batch["weights"], batch.get("bytes"), chunk)
 
-    return Objective(weights, sums, records=records)
+    return Objective(weights, sums, {"loss": 1.0} | router.coefficients, records=records)
 
 
 def token_records(
@@ -116,16 +124,23 @@ def _token_metrics(aux: losses.Sums, weight: jax.Array) -> Metrics:
     return {"nll": (aux["nll"], weight), "accuracy": (aux["accuracy"], weight)}
 
 
-def masked_lm(chunk: int = 0, z_loss: float = 0.0, label_smoothing: float = 0.0) -> Objective:
+def masked_lm(
+    chunk: int = 0,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    balance_loss: float = 0.0,
+    router_z_loss: float = 0.0,
+) -> Objective:
     """Masked-token prediction (BERT, Devlin et al. 2019). Batch: tokens [B, L], masked_positions,
     masked_targets, masked_weights [B, P]; optional segments, positions, token_types [B, L].
 
     Hidden states are gathered at the P masked positions before the head, so that the vocabulary
-    matmul runs over 15% of the tokens.
+    matmul runs over 15% of the tokens. Args: as in `causal_lm`.
     """
+    router = RouterLosses(balance_loss, router_z_loss)
 
     def weights(batch: Batch) -> Terms:
-        return {"loss": _wide_sum(batch["masked_weights"])}
+        return {"loss": _wide_sum(batch["masked_weights"])} | router.weights(batch, batch["masked_weights"])
 
     def sums(
         apply: Callable, variables: Any, batch: Batch, rngs: Any = None, train: bool = True
@@ -138,7 +153,8 @@ def masked_lm(chunk: int = 0, z_loss: float = 0.0, label_smoothing: float = 0.0)
             hidden, out.head, batch["masked_targets"], w,
             chunk=chunk, z_loss=z_loss, label_smoothing=label_smoothing,
         )  # fmt: skip
-        return {"loss": loss}, _token_metrics(aux, _wide_sum(w)), out.updates
+        routed, more = router.sums(out.extra, w)
+        return {"loss": loss} | routed, _token_metrics(aux, _wide_sum(w)) | more, out.updates
 
     def records(apply: Callable, variables: Any, batch: Batch) -> dict[str, jax.Array]:
         inputs = _inputs(batch, "tokens", "segments", "positions", "token_types")
@@ -146,7 +162,7 @@ def masked_lm(chunk: int = 0, z_loss: float = 0.0, label_smoothing: float = 0.0)
         hidden = jnp.take_along_axis(out.hidden, batch["masked_positions"][..., None], axis=1)
         return token_records(hidden, out.head, batch["masked_targets"], batch["masked_weights"], chunk=chunk)
 
-    return Objective(weights, sums, records=records)
+    return Objective(weights, sums, {"loss": 1.0} | router.coefficients, records=records)
 
 
 def seq2seq(chunk: int = 0, z_loss: float = 0.0, label_smoothing: float = 0.0) -> Objective:
