@@ -14,10 +14,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from bigmodel_jax.models import cache as caches
 from bigmodel_jax.models import layers as ops
 from bigmodel_jax.models.attention import attention
 from bigmodel_jax.models.masks import Mask
 from bigmodel_jax.models.positions import rotate
+from bigmodel_jax.models.scores import Rule
 from bigmodel_jax.models.spec import Spec
 from bigmodel_jax.parallel.rules import constrain
 
@@ -31,7 +33,7 @@ class Context(NamedTuple):
     mask: Mask  # of a layer with the window, where some have it
     rope: tuple[jax.Array, jax.Array] | None
     dropout_keys: jax.Array | None
-    length: jax.Array | None  # tokens a cache already holds, [B]
+    length: jax.Array | None  # tokens a cache already holds, [B]; None: none, or no cache
     bias: jax.Array | None = None  # added to the scores of self-attention, [B or 1, H, L, M]
     memory: jax.Array | None = None  # what cross-attention reads, [B, M, D]; None: the cache holds it
     memory_mask: Mask = Mask()
@@ -39,6 +41,8 @@ class Context(NamedTuple):
 
 
 def weight(module: nn.Module, name: str, shape, axes, fan_in: int, spec: Spec, scale: float = 1.0):
+    if module.has_variable("laid", name):
+        return module.get_variable("laid", name)  # for decoding, see laid.py
     init = ops.initializer(spec.init, spec.init_std, fan_in, scale)
     param = module.param(name, nn.with_partitioning(init, axes), shape, jnp.dtype(spec.param_dtype))
     return param.astype(spec.dtype)
@@ -83,35 +87,13 @@ class Attention(nn.Module):
         if read is not None:
             kv = {name: self._project(name, read, spec.num_kv_heads, "kv_heads") for name in "kv"}
             kv = {name: constrain(y, ("batch", "length", "kv_heads", "head_dim")) for name, y in kv.items()}
-        if self.cross:
-            cache, k, v = _remember(cache, kv, number, q.dtype)
-        else:
-            k, v = kv["k"], kv["v"]
+        if not self.cross:
             if spec.qk_norm:
-                q, k = norm(spec, "norm_q", q), norm(spec, "norm_k", k)
+                q, kv["k"] = norm(spec, "norm_q", q), norm(spec, "norm_k", kv["k"])
             if context.rope is not None:
                 rope = _rope(spec, context, number)
-                q, k = rotate(q, *rope), rotate(k, *rope)
-            if cache is not None:
-                cache, k, v = _append(cache, k, v, number, context.length)
-        attend = functools.partial(
-            attention, q, k, v,
-            backend=spec.attention,
-            scale=spec.attention_scale or None,
-            softcap=spec.attention_softcap,
-            alibi=spec.positions == "alibi" and not self.cross,
-            bias=None if self.cross else context.bias,
-            dropout=spec.attention_dropout,
-            dropout_keys=ops.fold(context.dropout_keys, SITE_CROSS if self.cross else SITE_ATTENTION),
-        )  # fmt: skip
-        if self.cross:
-            y = attend(context.memory_mask)
-        elif spec.mixed:
-            # Each branch knows its window: blocks outside it are never computed.
-            whole = dataclasses.replace(context.mask, window=0)
-            y = jax.lax.cond(_local(spec, number), lambda: attend(context.mask), lambda: attend(whole))
-        else:
-            y = attend(context.mask)
+                q, kv["k"] = rotate(q, *rope), rotate(kv["k"], *rope)
+        y, cache = self._attend(q, kv, context, number, cache)
         y = constrain(y, heads)
         shape = (spec.num_heads, spec.head_dim, spec.embed_dim)
         fan_in = spec.num_heads * spec.head_dim
@@ -120,6 +102,35 @@ class Attention(nn.Module):
         if spec.bias:
             y = ops.add_bias(y, bias(self, "out_bias", (spec.embed_dim,), ("norm",), spec))
         return y, cache
+
+    @nn.nowrap
+    def _attend(self, q: jax.Array, kv: Any, context: Context, number: jax.Array, cache: Any):
+        """(what the queries found [B, L, H, K], the cache with the new keys and values)."""
+        spec = self.spec
+        scale = spec.attention_scale or spec.head_dim**-0.5
+        alibi = spec.positions == "alibi" and not self.cross
+        bias = None if self.cross else context.bias
+        if caches.is_open(cache):
+            window = spec.window if spec.local[number] and not self.cross else 0
+            rule = Rule(scale, spec.attention_softcap, alibi)
+            return caches.attend(cache, number, q, None if self.cross else kv, window, rule, bias)[::-1]
+        if self.cross:
+            cache, k, v = _remember(cache, kv, number, q.dtype)
+        else:
+            k, v = kv["k"], kv["v"]
+            if cache is not None:
+                cache, k, v = caches.append(cache, k, v, number, context.length)
+        attend = functools.partial(
+            attention, q, k, v,
+            backend=spec.attention, scale=scale, softcap=spec.attention_softcap, alibi=alibi, bias=bias,
+            dropout=spec.attention_dropout,
+            dropout_keys=ops.fold(context.dropout_keys, SITE_CROSS if self.cross else SITE_ATTENTION),
+        )  # fmt: skip
+        if self.cross or not spec.mixed:
+            return attend(context.memory_mask if self.cross else context.mask), cache
+        # Each branch knows its window: blocks outside it are never computed.
+        whole = dataclasses.replace(context.mask, window=0)
+        return jax.lax.cond(_local(spec, number), lambda: attend(context.mask), lambda: attend(whole)), cache
 
     @nn.nowrap
     def _project(self, name: str, x: jax.Array, heads: int, axis: str) -> jax.Array:
@@ -144,18 +155,6 @@ def _rope(spec: Spec, context: Context, number: jax.Array) -> tuple[jax.Array, j
         return context.local_rope if spec.local[0] else context.rope
     pairs = zip(context.local_rope, context.rope, strict=True)
     return tuple(jnp.where(_local(spec, number), own, other) for own, other in pairs)
-
-
-def _append(cache: dict[str, jax.Array], k: jax.Array, v: jax.Array, number: jax.Array, length: jax.Array):
-    """Write new keys and values [B, L, G, K] of layer `number` behind `length` [B] held ones."""
-    rows = jnp.arange(k.shape[0])[:, None]
-    slots = length[:, None] + jnp.arange(k.shape[1])
-    held = {
-        name: cache[name].at[number, rows, slots].set(new.astype(cache[name].dtype), mode="drop")
-        for name, new in (("k", k), ("v", v))
-    }
-    k, v = (held[name][number].astype(k.dtype) for name in ("k", "v"))
-    return {**cache, **held}, k, v
 
 
 def _remember(cache: dict[str, jax.Array] | None, kv: dict[str, jax.Array] | None, number: jax.Array, dtype: Any):

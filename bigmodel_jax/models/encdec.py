@@ -20,6 +20,7 @@ import numpy as np
 
 from bigmodel_jax import flops
 from bigmodel_jax.errors import InputError
+from bigmodel_jax.models import cache as caches
 from bigmodel_jax.models import layers as ops
 from bigmodel_jax.models.block import Context, norm, weight
 from bigmodel_jax.models.heads import Head
@@ -27,7 +28,7 @@ from bigmodel_jax.models.masks import Mask
 from bigmodel_jax.models.model import Model, Output
 from bigmodel_jax.models.positions import relative_buckets, rotary_table
 from bigmodel_jax.models.spec import Spec, taking
-from bigmodel_jax.models.transformer import Embed, stack
+from bigmodel_jax.models.transformer import Embed, run_layers
 from bigmodel_jax.parallel.rules import constrain
 
 
@@ -120,10 +121,12 @@ class Side(nn.Module):
     spec: PairSpec
 
     @nn.compact
-    def __call__(self, tokens, table, segments, positions, keys, cache=None, memory=None, memory_mask=Mask()):
+    def __call__(
+        self, tokens, table, segments, positions, keys, cache=None, memory=None, memory_mask=Mask(), blocks=None
+    ):  # fmt: skip
         spec = self.spec
-        length = None if cache is None else cache["length"]
-        plain = positions is None and cache is None
+        length = caches.held(cache, tokens)
+        plain = positions is None and length is None
         if positions is None:
             positions = jnp.arange(tokens.shape[1])[None] + (0 if length is None else length[:, None])
         x, table = Embed(spec, name="embed")(tokens, positions, plain, None, table)
@@ -134,11 +137,10 @@ class Side(nn.Module):
         if spec.positions == "rotary":
             rope = rotary_table(positions, spec.rotary_dim, spec.rope_theta, ops.wide(x.dtype))
         if spec.relative_buckets:
-            keys_seen = tokens.shape[1] if cache is None else cache["k"].shape[2]
+            keys_seen = tokens.shape[1] if cache is None else caches.slots(cache)
             bias = Relative(spec, name="relative")(mask, tokens.shape[1], keys_seen)
         context = Context(mask, rope, keys, length, bias, memory, memory_mask)
-        held = None if cache is None else {n: cache[n] for n in ("k", "v", "cross_k", "cross_v")}
-        (x, held), _ = stack(spec)((x, held), jnp.arange(spec.num_layers), context)
+        (x, held), _ = run_layers(self, x, cache, context, blocks)
         if spec.norm_placement != "post":
             x = norm(spec, "norm_final", x)
         return x, table, held
@@ -188,6 +190,7 @@ class EncoderDecoder(nn.Module):
         memory: jax.Array | None = None,
         memory_segments: jax.Array | None = None,
         cache: dict[str, jax.Array] | None = None,
+        blocks: Any = None,
     ) -> Output:
         spec = self.spec
         if source is not None:
@@ -198,14 +201,14 @@ class EncoderDecoder(nn.Module):
                 source_positions=source_positions,
             )  # fmt: skip
             memory_segments = source_segments
-        _check_length(spec, tokens.shape[1] if cache is None else cache["k"].shape[2])
+        _check_length(spec, tokens.shape[1] if cache is None else caches.slots(cache))
         cache = _with_memory(spec, cache, memory, memory_segments)
         if cache is not None:
             memory_segments = cache["memory_segments"]
         table = None if spec.source_vocab_size else self.embed()
         keys = ops.fold(dropout_keys if train else None, 1)
         seen = _memory_mask(tokens, segments, memory_segments)
-        x, table, held = self.decoder(tokens, table, segments, positions, keys, cache, memory, seen)
+        x, table, held = self.decoder(tokens, table, segments, positions, keys, cache, memory, seen, blocks)
         if held is not None:
             held = cache | held | {"length": cache["length"] + tokens.shape[1]}
         if spec.head_scale != 1.0:
@@ -285,5 +288,6 @@ def encoder_decoder(**options: Any) -> Model:
 
     return Model(
         module=module, example=example, cache=cache, encode=encode,
+        blocks="decoder/layer" if spec.shared_layers else "decoder/layers", windows=(0,) * spec.decoder_layers,
         flops=lambda source, target: forward_flops(spec, source, target),
     )  # fmt: skip

@@ -59,6 +59,8 @@ class Head(nn.Module):
         if spec.head == "lm":
             width = spec.token_dim if spec.tied_embeddings else dim
             arrays["kernel"] = table if spec.tied_embeddings else self._kernel(spec.vocab_size, "vocab")
+            if self.has_variable("laid", "kernel"):
+                arrays["kernel"] = self.get_variable("laid", "kernel")
             if spec.mlm_transform:
                 arrays["dense"] = weight(self, "dense", (dim, width), ("embed", None), dim, spec)
                 arrays["dense_bias"] = bias(self, "dense_bias", (width,), ("norm",), spec)

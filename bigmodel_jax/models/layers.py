@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from bigmodel_jax.errors import InputError, nearest
 from bigmodel_jax.models import target
+from bigmodel_jax.models.laid import Tiled
 
 # XLA:CPU adds scattered rows in a loop of some 20 us each: up to this many table rows a matmul wins.
 ONE_HOT_ROWS = 2048
@@ -87,9 +88,14 @@ ACTIVATIONS: dict[str, tuple[Callable[[jax.Array], jax.Array], bool]] = {
 }
 
 
+def project(letters: str, x: jax.Array, w: jax.Array | Tiled) -> jax.Array:
+    """jnp.einsum(letters, x, w) of activations [B, L, ...] and a weight, e.g. "bld,df->blf"."""
+    return w(x) if isinstance(w, Tiled) else _project(letters, x, w)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def project(letters: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """jnp.einsum(letters, x, w) of activations [B, L, ...] and a weight, e.g. "bld,df->blf".
+def _project(letters: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """The same, with a gradient of its own.
 
     The weight's gradient contracts B and L as one axis. Contracted as two, XLA:CPU first writes a
     transposed copy of x, element by element: a quarter of a training step.
@@ -98,7 +104,7 @@ def project(letters: str, x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def _project_forward(letters, x, w):
-    # Not project(...): a remat policy does not see the matmul inside a nested custom_vjp.
+    # Not _project(...): a remat policy does not see the matmul inside a nested custom_vjp.
     return jnp.einsum(letters, x, w), (x, w)
 
 
@@ -110,7 +116,7 @@ def _project_backward(letters, saved, g):
     return dx, jnp.einsum(f"z{left[2:]},z{out[2:]}->{right}", x, g)
 
 
-project.defvjp(_project_forward, _project_backward)
+_project.defvjp(_project_forward, _project_backward)
 
 
 @jax.custom_vjp
@@ -158,9 +164,14 @@ def _lookup_backward(saved, g):
 lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
+def wide_einsum(letters: str, a: jax.Array, b: jax.Array | Tiled) -> jax.Array:
+    """Activations a [..., x] times a weight b, e.g. "...x,xy->...y", in `wide(a.dtype)`."""
+    return b(a, wide=True) if isinstance(b, Tiled) else _wide_einsum(letters, a, b)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def wide_einsum(letters: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Activations a [..., x] times a weight b, e.g. "...x,xy->...y", in `wide(a.dtype)`.
+def _wide_einsum(letters: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """The same, with a gradient of its own.
 
     The cotangent is rounded to the inputs' dtype first. Autodiff would multiply the wide cotangent
     with a narrow operand, which runs as a float32 matmul: half of the output layer's time in
@@ -170,7 +181,7 @@ def wide_einsum(letters: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _wide_forward(letters, a, b):
-    return wide_einsum(letters, a, b), (a, b)
+    return _wide_einsum(letters, a, b), (a, b)
 
 
 def _wide_backward(letters, saved, g):
@@ -182,7 +193,7 @@ def _wide_backward(letters, saved, g):
     return jnp.einsum(f"{out},{right}->{left}", g, b), db
 
 
-wide_einsum.defvjp(_wide_forward, _wide_backward)
+_wide_einsum.defvjp(_wide_forward, _wide_backward)
 
 
 def softcap(x: jax.Array, cap: float) -> jax.Array:

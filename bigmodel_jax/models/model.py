@@ -62,6 +62,9 @@ class Model:
     cache: cache(batch, length, dtype) gives an empty key-value cache, or None.
     encode: encode(variables, train=, rngs=, **inputs) gives the memory that `apply` decodes from;
       None for models that are not an encoder and a decoder.
+    blocks: path of the decoder's stacked layers, e.g. "layers", for models whose cache can be opened
+      (cache.py); "" for others.
+    windows: per decoder layer, tokens that one sees at most, 0 for all; () when all see all.
     merge: merge(stats, updates) gives the running statistics after an optimizer step.
     flops: forward matmul FLOPs, per token at a length (Transformer) or per image.
     """
@@ -71,6 +74,8 @@ class Model:
     flops: Callable[..., float]
     cache: Callable[..., Any] | None = None
     encode: Callable[..., jax.Array] | None = None
+    blocks: str = ""
+    windows: tuple[int, ...] = ()
     merge: Callable[[Any, Any], Any] = keep
 
     def _init(self, key: jax.Array) -> Any:
@@ -107,10 +112,16 @@ class Model:
         cache: Any = None,
         **inputs: Any,
     ) -> Output:
-        """Forward pass. rngs["dropout"] is one typed key per row, [B]; None means no dropout."""
+        """Forward pass. rngs["dropout"] is one typed key per row, [B]; None means no dropout.
+
+        `variables` may be `laid.lay_out`'s, when the cache is open.
+        """
         dropout_keys = (rngs or {}).get("dropout")
         if cache is not None:
             inputs["cache"] = cache
+        if "blocks" in variables:
+            variables = dict(variables)
+            inputs["blocks"] = variables.pop("blocks")
         output, extra = self.module.apply(
             {name: value for name, value in variables.items() if value},
             train=train,

@@ -15,6 +15,8 @@ import numpy as np
 
 from bigmodel_jax import flops
 from bigmodel_jax.errors import InputError
+from bigmodel_jax.models import cache as caches
+from bigmodel_jax.models import laid
 from bigmodel_jax.models import layers as ops
 from bigmodel_jax.models import moe
 from bigmodel_jax.models.block import Block, Context, bias, norm, weight
@@ -43,7 +45,8 @@ class Embed(nn.Module):
         spec, dim = self.spec, self.spec.token_dim
         if table is None:
             table = weight(self, "tokens", (spec.vocab_size, dim), ("vocab", "embed"), dim, spec)
-        x = ops.lookup(table, tokens)
+        # Read in slices over fsdp, the rows would come out cut by feature, not by batch.
+        x = constrain(ops.lookup(constrain(table, ("vocab_act", "embed_act")), tokens), ("batch", "length", "embed_act"))
         if spec.embed_scale != 1.0:
             x = x * jnp.asarray(spec.embed_scale, x.dtype)
         if dim != spec.embed_dim and spec.causal:
@@ -87,12 +90,13 @@ class Transformer(nn.Module):
         positions: jax.Array | None = None,
         prefix: jax.Array | None = None,
         token_types: jax.Array | None = None,
+        blocks: Any = None,
     ) -> Output:
         spec = self.spec
         _check_inputs(spec, tokens, cache, segments, prefix, token_types)
         keys = dropout_keys if train else None
-        length = None if cache is None else cache["length"]
-        plain = positions is None and cache is None  # 0, 1, 2, ... in every row
+        length = caches.held(cache, tokens)
+        plain = positions is None and length is None  # 0, 1, 2, ... in every row
         if positions is None:
             positions = jnp.arange(tokens.shape[1])[None] + (0 if length is None else length[:, None])
         x, table = Embed(spec, name="embed")(tokens, positions, plain, token_types)
@@ -101,13 +105,12 @@ class Transformer(nn.Module):
         window = spec.window if any(spec.local) else 0
         mask = Mask(causal=spec.causal, window=window, segments_q=segments, prefix=prefix, offset=length)
         rope, local_rope = ropes(spec, positions, ops.wide(x.dtype))
-        held = None if cache is None else {name: cache[name] for name in ("k", "v")}
         context = Context(mask, rope, keys, length, local_rope=local_rope)
-        (x, held), routed = stack(spec)((x, held), jnp.arange(spec.num_layers), context)
+        (x, held), routed = run_layers(self, x, cache, context, blocks)
         if spec.norm_placement != "post":
             x = norm(spec, "norm_final", x)
         if cache is not None:
-            held["length"] = length + tokens.shape[1]
+            held = held | {"length": cache["length"] + tokens.shape[1]}
         x, extra = read_out(spec, x, segments, keys)
         return Output(x, Head(spec, name="head")(table), held, extra=extra | moe.extra(routed))
 
@@ -123,6 +126,25 @@ def ropes(spec: Spec, positions: jax.Array, dtype: jnp.dtype):
         rotary_table(positions, spec.rotary_dim, spec.rope_theta, dtype, **scaling),
         rotary_table(positions, spec.rotary_dim, local, dtype) if local else None,
     )
+
+
+def run_layers(module: nn.Module, x: jax.Array, cache: Any, context: Context, blocks: Any = None):
+    """((x, cache), what each layer's router says) after all layers, whose parameters `module` declares.
+
+    With an open cache one layer after the other, each with its own array of keys and values, and with the
+    weights of `blocks` where they are laid out; else as one scan.
+    """
+    spec = module.spec
+    if not caches.is_open(cache):
+        return stack(spec)((x, cache), jnp.arange(spec.num_layers), context)
+    if blocks is None:
+        blocks = laid.blocks(module.variables, spec.num_layers, "layer" if spec.shared_layers else "layers")
+    routed = []
+    for number, variables in enumerate(blocks):
+        block = Block(spec, moe.Moe if spec.num_experts else None, parent=None)
+        (x, cache), said = block.apply(variables, (x, cache), number, context)
+        routed.append(said)
+    return (x, cache), jax.tree.map(lambda *each: jnp.stack(each), *routed)
 
 
 def stack(spec: Spec) -> nn.Module:
@@ -154,7 +176,7 @@ def _check_inputs(spec: Spec, tokens, cache, segments, prefix, token_types) -> N
         raise InputError("a cache holds one document per row: segments cannot be given with it")
     if token_types is not None and not spec.token_types:
         raise InputError("token_types given, but the model has none; set token_types=2")
-    longest = tokens.shape[1] if cache is None else cache["k"].shape[2]
+    longest = tokens.shape[1] if cache is None else caches.slots(cache)
     if spec.positions == "learned" and longest > spec.max_length:
         raise InputError(f"length {longest} exceeds max_length={spec.max_length} of learned positions")
 
@@ -188,6 +210,8 @@ def _model(spec: Spec) -> Model:
         example=example,
         flops=lambda length: forward_flops(spec, length),
         cache=cache if spec.causal else None,
+        blocks="layer" if spec.shared_layers else "layers",
+        windows=tuple(spec.window if local else 0 for local in spec.local),
         merge=moe.merging(spec),
     )
 
