@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import platform
 import signal
 import sys
 import threading
@@ -53,18 +54,19 @@ def initialise(
     *,
     heartbeat_s: int = 10,
     shutdown_s: int = 30,
-    start_s: int = 300,
+    start_s: int | None = None,
     local_device_ids: list[int] | None = None,
 ) -> bool:
     """Join a job of several processes; with one process, do nothing and open no socket.
 
-    Arguments left out are read from BIGMODEL_COORDINATOR ("host:port"), BIGMODEL_NUM_PROCESSES and
-    BIGMODEL_PROCESS_ID. With "auto" as coordinator jax asks the cluster (Slurm, TPU, GKE) itself.
-    Call before anything touches a device.
+    Arguments left out are read from BIGMODEL_COORDINATOR ("host:port"), BIGMODEL_NUM_PROCESSES,
+    BIGMODEL_PROCESS_ID, BIGMODEL_START_S and BIGMODEL_LOCAL_DEVICES ("0" or "0,1"). With "auto" as
+    coordinator jax asks the cluster (Slurm, TPU, GKE) itself. Call before anything touches a device.
 
     Args:
       heartbeat_s: a peer silent for this long is dead. shutdown_s: wait for the others at the end.
-      start_s: wait for the others at the start.
+      start_s: wait for the others at the start, default 300. local_device_ids: devices of this machine
+        that are this process's, default all.
 
     Returns:
       Whether this is a job of several processes.
@@ -88,6 +90,9 @@ def initialise(
             raise InputError(f"process {index} of {count}: need 0 <= process_id < num_processes")
         if count == 1:
             return False
+    start_s = _integer(env.get("BIGMODEL_START_S") or 300, "BIGMODEL_START_S") if start_s is None else start_s
+    if local_device_ids is None and env.get("BIGMODEL_LOCAL_DEVICES"):
+        local_device_ids = [_integer(n, "BIGMODEL_LOCAL_DEVICES") for n in env["BIGMODEL_LOCAL_DEVICES"].split(",")]
     options: dict[str, Any] = (
         {}
         if coordinator == "auto"
@@ -107,6 +112,32 @@ def initialise(
         first = (str(error).strip().splitlines() or [""])[0][:300]
         raise RunError(f"process {index} of {count} could not join {coordinator}: {first}") from error
     return True
+
+
+def roster(timeout_s: float = 120.0) -> list[str]:
+    """One line per process (host, its devices), once all of them answered and a sum over all devices is right.
+
+    With one process there is nothing to ask, and the list is empty.
+
+    Raises:
+      RunError: names the processes that did not answer in time, or says that the devices add up wrong.
+    """
+    count = jax.process_count()
+    if count == 1:
+        return []
+    from jax._src import distributed
+    from jax.experimental import multihost_utils
+
+    client, index = distributed.global_state.client, jax.process_index()
+    mine = jax.local_devices()
+    client.key_value_set(f"roster/{index}", f"{platform.node()}  {len(mine)} x {mine[0].device_kind}")
+    barrier("start", timeout_s)
+    with Watchdog(timeout_s):
+        total = int(np.sum(multihost_utils.process_allgather(np.int32(len(mine)))))
+    if total != jax.device_count():
+        raise RunError(f"the processes have {total} devices together, jax counts {jax.device_count()}")
+    lines = [client.blocking_key_value_get(f"roster/{n}", int(timeout_s * 1000)) for n in range(count)]
+    return [f"process {n}: {line}" for n, line in enumerate(lines)]
 
 
 def is_first() -> bool:
