@@ -22,6 +22,7 @@ from bigmodel_jax.hf import FAMILIES
 from bigmodel_jax.hf import safetensors as st
 from bigmodel_jax.hf.family import Family
 from bigmodel_jax.hf.rows import Plan, View
+from bigmodel_jax.hf.vision import MEANINGS
 from bigmodel_jax.models import MODELS, Model
 
 CONFIG = "config.json"
@@ -29,7 +30,7 @@ MAX_CONFIG = 4 << 20
 # Leaves that say how a model is computed, trained or first drawn, not which function it is.
 NOT_THE_FUNCTION = {
     "attention", "unroll", "remat", "dtype", "param_dtype", "init", "init_std", "depth_scaled_init", "dropout",
-    "attention_dropout", "embed_dropout", "head_dropout",
+    "attention_dropout", "embed_dropout", "head_dropout", "bn_group", "bn_momentum", "zero_init",
 }  # fmt: skip
 _PARAM_DTYPES = ("float32", "bfloat16", "float16", "float64")
 _SAME_AS = {"num_kv_heads": "num_heads"}
@@ -234,6 +235,7 @@ def express(section: Mapping[str, Any], only: str = "") -> tuple[str, dict[str, 
 
 
 def _canonical(section: Mapping[str, Any]) -> dict[str, Any]:
+    section = MEANINGS.get(section["name"], dict)(section)
     out = {key: value for key, value in section.items() if key not in NOT_THE_FUNCTION}
     width, heads = out.get("embed_dim", 0), out.get("num_heads", 0)
     if width and heads:

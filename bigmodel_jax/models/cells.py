@@ -119,7 +119,7 @@ def prepare(w: Weights, dtype: Any) -> Weights:
 
 def gates_of(x: jax.Array, w: Weights) -> jax.Array:
     """The input's share of the gates, x [B, L, D] -> [B, L, A H], for all steps in one product."""
-    y = project("bld,dz->blz", x, w["kernel"])
+    y = project("bld,dg->blg", x, w["kernel"])
     return y + w["bias"].reshape(-1).astype(y.dtype) if "bias" in w else y
 
 

@@ -1,6 +1,6 @@
 """Residual networks: v1.5 and v2, for ImageNet and CIFAR, and their plain twins.
 
-v1 is He et al. 2015 (arXiv:1512.03385); "v1.5" puts a bottleneck's stride on its 3x3 convolution.
+v1 is He et al. 2015 (arXiv:1512.03385), a bottleneck's stride on its first convolution; "v1.5" puts it on the 3x3 one.
 v2 is He et al. 2016 (arXiv:1603.05027): norm and ReLU before each convolution.
 
 Legend: B batch, H W height and width, C channels, D pooled features, V classes.
@@ -64,7 +64,8 @@ class Plan:
         stride = 2 if stage > 0 and block == 0 else 1
         if self.block == "basic":
             return [(f, 3, stride), (f, 3, 1)]
-        return [(f, 1, 1), (f, 3, stride), (4 * f, 1, 1)]
+        first, second = (stride, 1) if self.version == "v1" else (1, stride)
+        return [(f, 1, first), (f, 3, second), (4 * f, 1, 1)]
 
     def conv(self, features: int, kernel: int, stride: int, name: str, zero: bool = False) -> Conv:
         return Conv(features, kernel, stride, zero, self.dtype, self.param_dtype, name=name)
@@ -249,6 +250,16 @@ def _choice(name: str, value: str, legal: tuple[str, ...]) -> None:
         raise InputError(f"{name} '{value}' is none of {', '.join(legal)}{nearest(str(value), legal)}")
 
 
+def resolved(
+    depth: int, block: str, blocks: tuple[int, ...], channels: int, width: float, stem: str, projection: str
+) -> tuple[str, tuple[int, ...], int, str, str]:
+    """(block, blocks per stage, channels of the first stage, stem, projection): what options of `resnet` mean."""
+    kind, counts, large = _table(depth, blocks, block)
+    base = max(1, round((channels or (64 if large else 16)) * width))
+    stem = ("imagenet" if large else "cifar") if stem == "auto" else stem
+    return kind, counts, base, stem, ("conv" if large else "pad") if projection == "auto" else projection
+
+
 def resnet(
     *,
     depth: int = 50,
@@ -276,7 +287,7 @@ def resnet(
 
     Args:
       depth: 18, 34, 50, 101, 152, or 6n+2 for the CIFAR networks of section 4.2.
-      version: "v1.5" or "v2".
+      version: "v1", "v1.5" or "v2".
       block: "basic", "bottleneck", or "auto": the depth's own.
       blocks: blocks per stage, in place of the depth's own.
       channels: of the stem and first stage; 0: 64, or 16 for 6n+2. Each stage doubles them.
@@ -298,11 +309,9 @@ def resnet(
     Raises:
       InputError: an impossible combination.
     """
-    kind, counts, large = _table(depth, blocks, block)
-    stem = ("imagenet" if large else "cifar") if stem == "auto" else stem
-    projection = ("conv" if large else "pad") if projection == "auto" else projection
+    kind, counts, base, stem, projection = resolved(depth, block, blocks, channels, width, stem, projection)
     for name, value, legal in (
-        ("version", version, ("v1.5", "v2")),
+        ("version", version, ("v1", "v1.5", "v2")),
         ("block", kind, ("basic", "bottleneck")),
         ("stem", stem, ("imagenet", "cifar")),
         ("norm", norm, ("batch", "group")),
@@ -310,7 +319,6 @@ def resnet(
         ("remat", remat, ("none", "full")),
     ):
         _choice(name, value, legal)
-    base = max(1, round((channels or (64 if large else 16)) * width))
     if norm == "group" and base % gn_groups:
         legal_groups = [g for g in range(1, base + 1) if base % g == 0]
         raise InputError(f"gn_groups {gn_groups} does not divide {base} channels; legal: {legal_groups}")

@@ -115,9 +115,10 @@ def forward_flops(plan: Plan, height: int, width: int) -> float:
 
 def vit(
     *,
-    num_classes: int,
     in_channels: int,
     image_size: int,
+    head: str = "classes",
+    num_classes: int = 0,
     patch_size: int = 16,
     grid: int = 0,
     num_layers: int = 12,
@@ -148,12 +149,14 @@ def vit(
     """Vision Transformer, an image classifier; the defaults are ViT-B/16.
 
     Args:
+      head: "classes", or "none": Output.hidden is then the states of all tokens [B, L, D].
       image_size: side of the images in pixels; others work too, their positions are interpolated.
       grid: patches per side that have a learned position; 0: those of `image_size`. To fine-tune at another
         resolution, set it to what the parameters were trained with.
       mlp_dim: 0 means 4 * embed_dim.
       pooling: "first": a class token is put before the patches; "mean": of the patches, without one.
-      pooler: dense layer and tanh before the classifier, as in the paper's pre-training.
+      pooler: dense layer and tanh before the classifier, as in the paper's pre-training; without a classifier its
+        result is Output.extra["pooled"].
       others: as in `spec.Spec`; norms are before each half of a block.
 
     Inputs of apply: image [B, H, W, C].
@@ -162,12 +165,13 @@ def vit(
       InputError: options that do not fit together, or patches that do not tile the image.
     """
     ops.one_of("pooling", pooling, ("first", "mean"))
+    ops.one_of("head", head, ("classes", "none"))
     if patch_size < 1 or image_size % patch_size:
         legal = [p for p in range(2, image_size + 1) if image_size % p == 0]
         raise InputError(f"patch_size {patch_size} does not divide image_size {image_size}; legal: {legal}")
     given = {name: value for name, value in locals().items() if name in _SHARED}
     spec = EncoderSpec(
-        vocab_size=1, head="classes", positions="none", norm_placement="pre", embed_norm=False, token_types=0, **given
+        vocab_size=1, positions="none", norm_placement="pre", embed_norm=False, token_types=0, **given
     )
     plan = Plan(spec, in_channels, patch_size, grid or image_size // patch_size)
 
