@@ -226,7 +226,7 @@ def _bloom_config(c: Config) -> dict[str, Any]:
         "name": "decoder", "vocab_size": f.integer(c, "vocab_size"), "embed_dim": width,
         "num_layers": f.integer(c, "n_layer" if "n_layer" in c else "num_hidden_layers"),
         "num_heads": f.integer(c, "n_head" if "n_head" in c else "num_attention_heads"),
-        "max_length": c.get("seq_length") or 2048, "positions": "alibi", "embed_norm": True,
+        "max_length": f.integer(c, "seq_length", 2048), "positions": "alibi", "embed_norm": True,
         "norm_eps": f.number(c, "layer_norm_epsilon", 1e-5), "tied_embeddings": f.need(c, "tie_word_embeddings", True),
         "dropout": f.number(c, "hidden_dropout", 0.0), "attention_dropout": f.number(c, "attention_dropout", 0.0),
     }  # fmt: skip

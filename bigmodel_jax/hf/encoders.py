@@ -121,8 +121,9 @@ def _bert_rows(s: Config) -> Table:
 
 
 def _roberta_config(c: Config) -> dict[str, Any]:
-    offset = c.get("pad_token_id", 1) + 1
-    ours = _bert_config(c) | {"position_offset": offset, "max_length": c["max_position_embeddings"] - offset}
+    offset = int(f.number(c, "pad_token_id", 1)) + 1
+    ours = _bert_config(c)
+    ours |= {"position_offset": offset, "max_length": ours["max_length"] - offset}
     if ours["head"] == "lm" and ours["activation"] != "gelu_exact":
         raise InputError(f"config.json: 'hidden_act' = {c['hidden_act']!r} is supported with other heads only")
     return ours | {"nsp": False}

@@ -8,6 +8,7 @@ scaled by 1 + w, caps of scores and logits.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from bigmodel_jax.errors import InputError
@@ -16,13 +17,22 @@ from bigmodel_jax.hf.decoders import attention_rows, head_rows, linear_rows, nor
 from bigmodel_jax.hf.family import Config, Family
 from bigmodel_jax.hf.rows import Row, Table
 
+MOST_LAYERS = 10_000
 LOCAL, FULL = "sliding_attention", "full_attention"
 # Ours -> (their names of the bounds, their usual values).
 _BOUNDS = {
     "llama3": (("low_freq_factor", "high_freq_factor"), (1.0, 4.0)),
     "yarn": (("beta_slow", "beta_fast"), (1.0, 32.0)),
 }
+_CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 _GEMMA_ACTIVATIONS = {"gelu_pytorch_tanh": "geglu", "gelu": "geglu"}
+
+
+def _inner(c: Config, key: str) -> Config:
+    value = c.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise InputError(f"config.json: '{key}' = {value!r} should be an object")
+    return value
 
 
 def rope(c: Config, theta: float = 10_000.0) -> dict[str, Any]:
@@ -34,9 +44,9 @@ def rope(c: Config, theta: float = 10_000.0) -> dict[str, Any]:
     Raises:
       InputError: a scaling that we do not have.
     """
-    parameters = c.get("rope_parameters") or {}
-    parameters = parameters.get(FULL) or parameters
-    scaling = c.get("rope_scaling") or parameters
+    parameters = _inner(c, "rope_parameters")
+    parameters = _inner(parameters, FULL) or parameters
+    scaling = _inner(c, "rope_scaling") or parameters
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     theta = parameters.get("rope_theta", c.get("rope_theta", theta))
     out = {"positions": "rotary", "rope_theta": f.number({"rope_theta": theta}, "rope_theta")}
@@ -75,7 +85,7 @@ def pattern(c: Config, usual: str) -> dict[str, Any]:
     Args:
       usual: the layers' letters where the config has no `layer_types`, repeated as needed.
     """
-    layers, window = f.integer(c, "num_hidden_layers"), c.get("sliding_window")
+    layers, window = _layers(c), c.get("sliding_window")
     types = c.get("layer_types")
     if types is None:
         letters = (usual * layers)[:layers]
@@ -87,6 +97,13 @@ def pattern(c: Config, usual: str) -> dict[str, Any]:
         return {"window": 0, "layer_pattern": ""}
     shortest = next(letters[:n] for n in range(1, layers + 1) if (letters[:n] * layers)[:layers] == letters)
     return {"window": f.integer(c, "sliding_window"), "layer_pattern": "" if shortest == "l" else shortest}
+
+
+def _layers(c: Config) -> int:
+    layers = f.integer(c, "num_hidden_layers")
+    if layers > MOST_LAYERS:
+        raise InputError(f"config.json: 'num_hidden_layers' = {layers} is more than {MOST_LAYERS}")
+    return layers
 
 
 def _layer_types(s: Config) -> list[str]:
@@ -163,8 +180,9 @@ def _mistral_foreign(s: Config) -> dict[str, Any]:
 def _qwen_config(c: Config) -> dict[str, Any]:
     if not c.get("use_sliding_window"):
         return base_config(c) | {"window": 0}
-    first = c.get("max_window_layers", 28)
-    return base_config(c) | pattern(c, "g" * first + "l" * (f.integer(c, "num_hidden_layers") - first))
+    layers = _layers(c)
+    first = min(int(f.number(c, "max_window_layers", 28)), layers)
+    return base_config(c) | pattern(c, "g" * first + "l" * (layers - first))
 
 
 def _qwen_foreign(s: Config, family: str) -> dict[str, Any]:
@@ -195,12 +213,12 @@ def _gemma_foreign(s: Config, family: str = "Gemma") -> dict[str, Any]:
 
 def _gemma2_config(c: Config, usual: str = "lg", caps: tuple[float, float] = (50.0, 30.0)) -> dict[str, Any]:
     ours = _gemma_config(c)
-    scalar = f.number(c, "query_pre_attn_scalar", 256)
-    cap, final = (c.get(key, default) or 0.0 for key, default in
-                  zip(("attn_logit_softcapping", "final_logit_softcapping"), caps, strict=True))  # fmt: skip
+    scalar = f.integer(c, "query_pre_attn_scalar", 256)
+    given = {key: c.get(key, usual) or 0.0 for key, usual in zip(_CAPS, caps, strict=True)}
+    cap, final = (f.number(given, key) for key in _CAPS)
     return ours | pattern({"sliding_window": 4096, **c}, usual) | {
         "norm_placement": "sandwich", "attention_scale": 0.0 if scalar == ours["head_dim"] else scalar**-0.5,
-        "attention_softcap": float(cap), "final_softcap": float(final),
+        "attention_softcap": cap, "final_softcap": final,
     }  # fmt: skip
 
 
@@ -215,8 +233,8 @@ def _gemma2_foreign(s: Config, family: str = "Gemma2") -> dict[str, Any]:
 
 
 def _gemma3_config(c: Config) -> dict[str, Any]:
-    period = c.get("sliding_window_pattern") or 6
-    nested = (c.get("rope_parameters") or {}).get(LOCAL) or {}
+    period = min(f.integer(c, "sliding_window_pattern", 6), MOST_LAYERS)
+    nested = _inner(_inner(c, "rope_parameters"), LOCAL)
     f.only(nested, rope_type="default")
     theta = nested.get("rope_theta", c.get("rope_local_base_freq", 10_000.0))
     ours = _gemma2_config(c, "l" * (period - 1) + "g", (0.0, 0.0)) | rope(c, 1_000_000.0)

@@ -195,6 +195,8 @@ class Spec(Routing):
             raise InputError(f"rotary positions need head_dim * rope_fraction >= 2, not {self.rotary_dim}")
         if self.rope_scaling in ("llama3", "yarn") and self.rope_original_length < 1:
             raise InputError(f"rope_scaling='{self.rope_scaling}' needs rope_original_length")
+        if min(self.rope_theta, self.rope_local_theta or 2.0) <= 1.0:
+            raise InputError(f"rope_theta={self.rope_theta} and rope_local_theta={self.rope_local_theta} are above 1")
         if self.rope_factor < 1.0 or len(self.rope_bounds) not in (0, 2):
             raise InputError("rope_factor is at least 1 and rope_bounds () or (low, high)")
         if set(self.layer_pattern) - {"l", "g"} or len(self.layer_pattern) > self.num_layers:

@@ -1,0 +1,144 @@
+"""The published config.json of one model of each family: its parameters counted, its table complete, there and back."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from bigmodel_jax import tree
+from bigmodel_jax.errors import InputError
+from bigmodel_jax.hf import FAMILIES, published
+from bigmodel_jax.hf.rows import Plan
+from bigmodel_jax.models.spec import Spec
+
+LOCAL, FULL = "sliding_attention", "full_attention"
+
+
+def llama(kind: str, vocab: int, width: int, layers: int, heads: int, groups: int, mlp: int, **more) -> dict:
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+             "intermediate_size")  # fmt: skip
+    sizes = dict(zip(names, (vocab, width, layers, heads, groups, mlp), strict=True))
+    return {"model_type": kind, "rms_norm_eps": 1e-6, "hidden_act": "silu"} | sizes | more
+
+
+def bert(kind: str, vocab: int, **more) -> dict:
+    sizes = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+    rest = {"model_type": kind, "vocab_size": vocab, "hidden_act": "gelu", "max_position_embeddings": 512}
+    return rest | sizes | more
+
+
+LLAMA31 = llama(
+    "llama", 128256, 4096, 32, 32, 8, 14336, max_position_embeddings=131072, rope_theta=500000.0,
+    rope_scaling={"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                  "original_max_position_embeddings": 8192},
+)  # fmt: skip
+GEMMA = {"head_dim": 256, "hidden_act": "gelu_pytorch_tanh", "max_position_embeddings": 8192}
+GEMMA2 = llama("gemma2", 256000, 2304, 26, 8, 4, 9216, **GEMMA, hidden_activation="gelu_pytorch_tanh",
+               query_pre_attn_scalar=256, sliding_window=4096, attn_logit_softcapping=50.0,
+               final_logit_softcapping=30.0)  # fmt: skip
+GEMMA3 = llama("gemma3_text", 262144, 1152, 26, 4, 1, 6912, head_dim=256, hidden_activation="gelu_pytorch_tanh",
+               max_position_embeddings=32768, query_pre_attn_scalar=256, sliding_window=512, rope_theta=1000000,
+               sliding_window_pattern=6, rope_local_base_freq=10000, final_logit_softcapping=None)  # fmt: skip
+OPT = {"model_type": "opt", "vocab_size": 50272, "max_position_embeddings": 2048, "activation_function": "relu"}
+
+# Parameters as the model cards and the released files have them; tied matrices once.
+PUBLISHED = {
+    "gpt2": (124_439_808, {"model_type": "gpt2", "vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12,
+                           "n_positions": 1024}),
+    "opt-125m": (125_239_296, OPT | {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+                                     "ffn_dim": 3072, "word_embed_proj_dim": 768}),
+    "opt-350m": (331_196_416, OPT | {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
+                                     "ffn_dim": 4096, "word_embed_proj_dim": 512, "do_layer_norm_before": False}),
+    "pythia-70m": (70_426_624, {"model_type": "gpt_neox", "vocab_size": 50304, "hidden_size": 512,
+                                "num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 2048,
+                                "hidden_act": "gelu", "rotary_pct": 0.25, "rotary_emb_base": 10000}),
+    "bloom-560m": (559_214_592, {"model_type": "bloom", "vocab_size": 250880, "n_embed": 1024, "n_layer": 24,
+                                 "num_attention_heads": 16, "seq_length": 2048}),
+    "llama-3.1-8b": (8_030_261_248, LLAMA31),
+    "mistral-7b": (7_241_732_096, llama("mistral", 32000, 4096, 32, 32, 8, 14336, sliding_window=4096,
+                                        max_position_embeddings=32768)),
+    "qwen2-0.5b": (494_032_768, llama("qwen2", 151936, 896, 24, 14, 2, 4864, tie_word_embeddings=True,
+                                      rope_theta=1000000.0, use_sliding_window=False, sliding_window=131072)),
+    "qwen3-0.6b": (596_049_920, llama("qwen3", 151936, 1024, 28, 16, 8, 3072, head_dim=128, rope_theta=1000000,
+                                      tie_word_embeddings=True, sliding_window=None)),
+    "gemma-2b": (2_506_172_416, llama("gemma", 256000, 2048, 18, 8, 1, 16384, **GEMMA)),
+    "gemma-2-2b": (2_614_341_888, GEMMA2),
+    "gemma-3-1b": (999_885_952, GEMMA3),
+    "bert-base": (109_482_240, bert("bert", 30522, architectures=["BertModel"])),
+    "roberta-base": (124_697_433, bert("roberta", 50265, max_position_embeddings=514, type_vocab_size=1,
+                                       architectures=["RobertaForMaskedLM"], pad_token_id=1)),
+    "albert-base-v2": (11_683_584, bert("albert", 30000, embedding_size=128, hidden_act="gelu_new",
+                                        architectures=["AlbertModel"])),
+}  # fmt: skip
+
+
+def section_of(config: dict) -> dict:
+    return published.complete(FAMILIES[config["model_type"]].config(config))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_model_has_its_parameters_and_a_name_for_each(name):
+    count, config = PUBLISHED[name]
+    section = section_of(config)
+    shapes = published.shapes_of(published.build(section))
+    assert tree.count(shapes) == count
+    plan = Plan(FAMILIES[config["model_type"]].rows(section), shapes)
+    assert sum(int(np.prod(shape)) for shape in plan.foreign.values()) == count
+    kind, said = published.express(section)
+    assert kind == config["model_type"]
+    assert published._canonical(section_of(said | {"model_type": kind})) == published._canonical(section)
+    other = config | {"vocab_size": config["vocab_size"] + 1}
+    assert tree.count(published.shapes_of(published.build(section_of(other)))) != count
+
+
+def test_layer_patterns_and_rotations_are_what_the_papers_say():
+    gemma2, gemma3 = (Spec(**{k: v for k, v in section_of(c).items() if k != "name"}) for c in (GEMMA2, GEMMA3))
+    assert gemma2.local == (True, False) * 13
+    assert gemma3.local == tuple((n + 1) % 6 != 0 for n in range(26))
+    assert (gemma3.rope_theta, gemma3.rope_local_theta, gemma3.window) == (1e6, 1e4, 512)
+    assert (gemma2.attention_softcap, gemma2.final_softcap, gemma2.embed_scale) == (50.0, 30.0, 48.0)
+    qwen = llama("qwen2", 100, 16, 5, 4, 2, 16, use_sliding_window=True, sliding_window=8, max_window_layers=3)
+    assert section_of(qwen)["layer_pattern"] == "gggll"
+    assert section_of(qwen | {"use_sliding_window": False})["window"] == 0
+
+
+def test_nested_and_flat_rotations_are_the_same_model():
+    """Configs written by transformers 5 and by older versions."""
+    flat = dict(GEMMA3, rope_scaling={"rope_type": "linear", "factor": 8.0})
+    new = {key: value for key, value in GEMMA3.items() if not key.startswith("rope") and "pattern" not in key}
+    new |= {
+        "rope_parameters": {FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000},
+                            LOCAL: {"rope_type": "default", "rope_theta": 10000.0}},
+        "layer_types": [FULL if n % 6 == 5 else LOCAL for n in range(26)],
+    }  # fmt: skip
+    assert section_of(new) == section_of(flat) != section_of(GEMMA3)
+    rope = {**LLAMA31["rope_scaling"], "rope_theta": 500000.0}
+    nested = {key: value for key, value in LLAMA31.items() if not key.startswith("rope")}
+    assert section_of(nested | {"rope_parameters": rope}) == section_of(LLAMA31)
+
+
+REFUSED = {
+    "longrope": ("llama-3.1-8b", {"rope_scaling": {"type": "longrope", "factor": 2.0}}, "longrope.*llama3 and yarn"),
+    "scaling": ("llama-3.1-8b", {"rope_scaling": [2.0]}, "rope_scaling.*should be an object"),
+    "yarn": ("llama-3.1-8b", {"rope_scaling": {"type": "yarn", "factor": 2.0, "mscale": 0.7}}, "mscale.*0.7"),
+    "bias": ("llama-3.1-8b", {"attention_bias": True}, "attention_bias"),
+    "types": ("gemma-2-2b", {"layer_types": [FULL]}, "26 times"),
+    "layers": ("mistral-7b", {"num_hidden_layers": 2**31 - 1}, "num_hidden_layers"),
+    "scalar": ("gemma-2-2b", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar"),
+    "cap": ("gemma-2-2b", {"attn_logit_softcapping": "high"}, "attn_logit_softcapping"),
+    "bidirectional": ("gemma-3-1b", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    "groups": ("albert-base-v2", {"num_hidden_groups": 2}, "num_hidden_groups"),
+    "no projection": ("albert-base-v2", {"embedding_size": 768}, "embedding_size"),
+    "final norm": ("opt-125m", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm"),
+    "residual": ("bloom-560m", {"apply_residual_connection_post_layernorm": True}, "post_layernorm"),
+    "neox scaling": ("pythia-70m", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+    "head": ("opt-350m", {"architectures": ["OPTForSequenceClassification"]}, "word_embed_proj_dim"),
+    "theta": ("llama-3.1-8b", {"rope_theta": "much"}, "rope_theta"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_we_do_not_have_is_refused_by_name(name):
+    model, changes, words = REFUSED[name]
+    with pytest.raises(InputError, match=words):
+        section_of(PUBLISHED[model][1] | changes)
