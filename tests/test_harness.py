@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from bigmodel_jax import experiment, harness, offline
+from bigmodel_jax import experiment, offline
 from bigmodel_jax.programs import Programs
 from tests import tiny
 
@@ -50,6 +50,9 @@ def log_probabilities(model):
 def test_tasks_agree_with_a_direct_computation(tmp_path, monkeypatch):
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))  # read when the harness is imported
+    from bigmodel_jax import harness
+
     exp = experiment.build(experiment.resolve(tiny.raw("decoder", tmp_path)))
     programs = Programs(exp)
     state = programs.init(jax.random.key(0))
