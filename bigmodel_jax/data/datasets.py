@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from bigmodel_jax.data import images
-from bigmodel_jax.data.labelled import LabelledText
+from bigmodel_jax.data.labelled import LabelledText, MaskedTable
 from bigmodel_jax.data.loaded import Loaded, Progress, Spec, ramp
 from bigmodel_jax.data.numeric import NumericTable
 from bigmodel_jax.data.pairs import Cmudict, Pairs
@@ -257,7 +257,21 @@ class TfdsImages(_Images):
         return (images.ResizedCrop(self.size),), (images.CentreCrop(self.size),)
 
 
+@dataclass(frozen=True)
+class NoData:
+    """No examples: the data of a converted model, which has only a tokenizer (its path, "" for none)."""
+
+    tokenizer: str = ""
+
+    def spec(self) -> Spec:
+        return {}
+
+    def load(self, **_: Any) -> Loaded:
+        return Loaded(None, {}, tokenizer=load_tokenizer(self.tokenizer) if self.tokenizer else None)
+
+
 DATASETS: dict[str, Any] = {
+    "none": NoData,
     "text": Text,
     "masked_text": MaskedText,
     "digits": Digits,
@@ -265,6 +279,7 @@ DATASETS: dict[str, Any] = {
     "tfds_images": TfdsImages,
     "table": NumericTable,
     "labelled_text": LabelledText,
+    "masked_table": MaskedTable,
     "pairs": Pairs,
     "cmudict": Cmudict,
 }

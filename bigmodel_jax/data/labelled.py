@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from bigmodel_jax.data import packages, splits, tables
-from bigmodel_jax.data.framing import Cut, frame_texts
+from bigmodel_jax.data.framing import Cut, Frame, frame_texts
 from bigmodel_jax.data.loaded import Loaded, Progress, Spec, ramp
 from bigmodel_jax.data.pipeline import Pipeline
 from bigmodel_jax.data.sources import Arrays
 from bigmodel_jax.data.tables import Table
-from bigmodel_jax.data.tokenizer import Bytes, load_tokenizer
+from bigmodel_jax.data.text import MaskTokens
+from bigmodel_jax.data.tokenizer import Bytes, load_tokenizer, train_tokenizer
 from bigmodel_jax.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -156,8 +157,11 @@ def class_counts(labels: Mapping[str, np.ndarray], classes: list[str]) -> dict[s
     return {name: dict(zip(classes, count.tolist(), strict=True)) for name, count in counts.items()}
 
 
-def open_tokenizer(name: str) -> Any:
-    """"bytes", a prepared directory, a run, a tokenizer file or folder, or a folder "package:..." (packages.py)."""
+def open_tokenizer(name: str, texts: Sequence[str] = (), vocab_size: int = 0) -> Any:
+    """"bytes", a prepared directory, a run, a tokenizer file or folder, a folder "package:..." (packages.py), or
+    "bpe" or "unigram": one of `vocab_size` ids learned from `texts`, the same from the same texts."""
+    if name in ("bpe", "unigram"):
+        return train_tokenizer(texts, kind=name, vocab_size=vocab_size)
     return Bytes() if name == "bytes" else load_tokenizer(packages.locate(name))
 
 
@@ -167,7 +171,8 @@ class LabelledText(Rows):
 
     text, pair, label: columns; pair "" for single texts. classes: label values in order, () for all found;
     other_labels "drop" leaves out rows with another one, "error" refuses them.
-    tokenizer: see `open_tokenizer`; length: tokens of a row, special ones included; longer texts are cut.
+    tokenizer, vocab_size: see `open_tokenizer`; it learns from the training rows alone. length: tokens of a row,
+    special ones included; longer texts are cut.
     """
 
     text: str = "text"
@@ -176,6 +181,7 @@ class LabelledText(Rows):
     classes: tuple = ()
     other_labels: str = "error"
     tokenizer: str = "bytes"
+    vocab_size: int = 4096
     length: int = 128
 
     def spec(self) -> Spec:
@@ -204,7 +210,7 @@ class LabelledText(Rows):
         self, *, seed: int, batch_size: int | tuple, eval_batch_size: int, progress: Progress = None
     ) -> Loaded:
         found, names, report = self.tables()
-        tokenizer = open_tokenizer(self.tokenizer)
+        tokenizer = open_tokenizer(self.tokenizer, found["train"].texts(self.text), self.vocab_size)
         labels = {split: tables.label_ids(table, self.label, names) for split, table in found.items()}
         report["counts"] = class_counts(labels, names)
         report["truncation"], sources = {}, {}
@@ -231,14 +237,65 @@ class LabelledText(Rows):
         return {"text": texts} | ({"group": table.column(self.group)} if self.group else {})
 
 
-def loaded(sources: dict[str, Any], seed: int, batch_size: int | tuple, eval_batch_size: int, **more: Any) -> Loaded:
+@dataclass(frozen=True)
+class MaskedTable(LabelledText):
+    """The training rows of a `labelled_text` data set without their labels, for the objective "masked_lm".
+
+    The same leaves give the same splits and tokenizer, so a model pretrained here has seen no held-out text. Texts
+    longer than a row go on in the next. rate, whole_words, static: as in `masked_text`.
+    """
+
+    rate: float = 0.15
+    whole_words: bool = False
+    static: bool = False
+
+    def slots(self) -> int:
+        """Masked positions a row can hold."""
+        return int(np.ceil(self.rate * self.length)) + (8 if self.whole_words else 0)
+
+    def spec(self) -> Spec:
+        row: Any = ((self.length,), "int32")
+        slots: Any = ((self.slots(),), "int32")
+        fields: Spec = {"tokens": row, "segments": row, "masked_positions": slots, "masked_targets": slots}
+        return fields | {"masked_weights": ((self.slots(),), "float32")}
+
+    def load(
+        self, *, seed: int, batch_size: int | tuple, eval_batch_size: int, progress: Progress = None
+    ) -> Loaded:
+        found, _, report = self.tables()
+        tokenizer = open_tokenizer(self.tokenizer, found["train"].texts(self.text), self.vocab_size)
+        if tokenizer.mask is None:
+            raise InputError(f"masked LM needs a tokenizer with a mask token; '{self.tokenizer}' has none")
+        sources = {split: Arrays(self._rows(tokenizer, t)) for split, t in found.items() if split != "test"}
+        special = tuple(int(i) for i in np.flatnonzero(tokenizer.special()))
+        words = tokenizer.starts_word() if self.whole_words else None
+        masks = MaskTokens(
+            tokenizer.vocab_size, tokenizer.mask, special, self.rate, self.slots(), words, self.static
+        )
+        return loaded(sources, seed, batch_size, eval_batch_size, (masks,), tokenizer=tokenizer, report=report)
+
+    def _rows(self, tokenizer: Any, table: Table) -> dict[str, np.ndarray]:
+        frame, room = Frame.of(tokenizer), self.length - 2
+        texts = tokenizer.encode_batch(table.texts(self.text))
+        parts = [ids[at : at + room] for ids in texts for at in range(0, max(len(ids), 1), room)]
+        tokens = np.full((len(parts), self.length), frame.pad, np.int32)
+        for row, part in enumerate(parts):
+            tokens[row, : len(part) + 2] = [frame.start, *part, frame.end]
+        used = np.array([len(part) + 2 for part in parts])
+        return {"tokens": tokens, "segments": (np.arange(self.length) < used[:, None]).astype(np.int32)}
+
+
+def loaded(
+    sources: dict[str, Any], seed: int, batch_size: int | tuple, eval_batch_size: int, transforms: tuple = (),
+    **more: Any,
+) -> Loaded:  # fmt: skip
     """Pipelines over in-memory rows: "train" shuffled, every other split read once in order."""
     evals = {
-        name: Pipeline(source, eval_batch_size, seed, shuffle=False)
+        name: Pipeline(source, eval_batch_size, seed, transforms, shuffle=False)
         for name, source in sources.items()
         if name != "train"
     }
     tokenizer = more.get("tokenizer")
     vocab_size = tokenizer.vocab_size if tokenizer is not None else 0
-    return Loaded(Pipeline(sources["train"], ramp(batch_size), seed), evals, vocab_size=vocab_size, **more)
-
+    train = Pipeline(sources["train"], ramp(batch_size), seed, transforms)
+    return Loaded(train, evals, vocab_size=vocab_size, **more)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bigmodel_jax.data.framing import Cut, fit_pair, frame_texts
-from bigmodel_jax.data.labelled import LabelledText
+from bigmodel_jax.data.labelled import LabelledText, MaskedTable
 from bigmodel_jax.data.tokenizer import Bytes
 from bigmodel_jax.errors import InputError
 
@@ -94,3 +94,24 @@ def test_test_rows_leave_the_training_set(tmp_path):
 def test_what_cannot_be_meant_is_refused(tmp_path, options, message):
     with pytest.raises(InputError, match=message):
         load(**{"train": table(tmp_path), "length": 16} | options)
+
+
+def test_the_same_rows_without_labels_for_pretraining(tmp_path):
+    options = {"train": table(tmp_path), "length": 16, "folds": 3, "fold": 1, "validation_share": 0.2, "group": "movie"}
+    labelled, masked = load(**options), MaskedTable(**options).load(seed=1, batch_size=8, eval_batch_size=8)
+    batch = masked.train.batch(0)
+    assert {k: v.shape[1:] for k, v in batch.items()} == {k: s for k, (s, _) in MaskedTable(length=16).spec().items()}
+    assert set(masked.evals) == {"validation"}, "the test set is not even evaluated on"
+
+    def rows(source):
+        found = source.gather(np.arange(len(source)))
+        return {tuple(row[used > 0]) for row, used in zip(found["tokens"], found["segments"], strict=True)}
+
+    assert rows(masked.train.source) == rows(labelled.train.source)
+    assert not rows(masked.train.source) & rows(labelled.evals["test"].source)
+    short = MaskedTable(**options | {"length": 6}).load(seed=1, batch_size=8, eval_batch_size=8)
+    assert {row[1:5] for row in rows(short.train.source)} > {tuple(b"text")}
+    assert len(short.train) >= 2 * len(masked.train)  # long texts go on in the next row
+    learned = options | {"tokenizer": "bpe", "vocab_size": 330}
+    again = MaskedTable(**learned).load(seed=2, batch_size=8, eval_batch_size=8)
+    assert load(**learned).tokenizer.fingerprint == again.tokenizer.fingerprint
