@@ -43,7 +43,7 @@ class Bigmodel(TemplateLM):
       workdir: of the run. overrides: "--config.a.b=value". step: checkpoint, default the latest.
       batch_size: rows at a time. max_length: tokens of context, default the model's or data's length.
       max_gen_toks: new tokens where a task does not say.
-      prefix: begin every context with the end-of-text token, as training documents begin.
+      prefix: begin every context as the tokenizer begins a document (our own: with the end-of-text token).
 
     Errors: InputError for a run that is no causal LM, and a continuation longer than max_length.
     """
@@ -75,12 +75,18 @@ class Bigmodel(TemplateLM):
         return self.tokenizer.eos
 
     @property
+    def prefix_token_id(self) -> int:
+        begin = getattr(self.tokenizer, "bos", None)
+        return self.tokenizer.eos if begin is None else begin
+
+    @property
     def tokenizer_name(self) -> str:
         return self.tokenizer.fingerprint
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        first = [self.prefix_token_id] if self.prefix and add_special_tokens is not False else []
-        return first + self.tokenizer.encode(string).tolist()
+        if self.prefix and add_special_tokens is not False:
+            return self.tokenizer.prompt(string)
+        return self.tokenizer.encode(string).tolist()
 
     def _sums(self, variables: Any, tokens: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple:
         """(log-probability [B] of the weighted targets, whether each of them is the most likely [B])."""
@@ -171,7 +177,7 @@ class Bigmodel(TemplateLM):
                     eos=self.tokenizer.eos, pad=self.tokenizer.pad,
                 )  # fmt: skip
                 for place, row in zip(chosen, rows, strict=True):
-                    out[place] = cut(self.tokenizer.decode(row), requests[place].args[1].get("until"))
+                    out[place] = cut(self.tokenizer.decode(row, continued=True), requests[place].args[1].get("until"))
                     self.cache_hook.add_partial("generate_until", requests[place].args, out[place])
         return out
 
