@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bigmodel_jax.errors import InputError
-from bigmodel_jax.generate import choose, filter_logits, generate
+from bigmodel_jax.generate import Sampling, choose, filter_logits, generate
 from bigmodel_jax.models import MODELS
 
 
@@ -34,7 +34,7 @@ def test_filters_keep_what_numpy_keeps():
 def test_sampling_has_the_filtered_distribution():
     logits = jnp.asarray([[2.0, 1.0, 0.0, -1.0]])
     keys = jax.random.split(jax.random.key(0), 4000)
-    drawn = np.asarray(jax.vmap(lambda key: choose(logits, key, 1.0, 2, 1.0)[0])(keys))
+    drawn = np.asarray(jax.vmap(lambda key: choose(logits, key[None], Sampling(1.0, 2))[0])(keys))
     share = 1 / (1 + np.exp(-1.0))
     assert set(drawn.tolist()) == {0, 1}
     assert abs((drawn == 0).mean() - share) < 4 * np.sqrt(share * (1 - share) / 4000)

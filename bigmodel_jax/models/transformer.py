@@ -16,9 +16,8 @@ import numpy as np
 from bigmodel_jax import flops
 from bigmodel_jax.errors import InputError
 from bigmodel_jax.models import cache as caches
-from bigmodel_jax.models import laid
+from bigmodel_jax.models import laid, moe
 from bigmodel_jax.models import layers as ops
-from bigmodel_jax.models import moe
 from bigmodel_jax.models.block import Block, Context, bias, norm, weight
 from bigmodel_jax.models.heads import Head, head_flops, read_out
 from bigmodel_jax.models.masks import Mask
