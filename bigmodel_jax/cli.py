@@ -42,6 +42,8 @@ def _parser(chosen: str = "") -> _Parser:
     evaluate.add_argument("--context", type=int, default=0, help="causal LM: tokens of a window, default data.length")
     evaluate.add_argument("--stride", type=int, default=0, help="new tokens in each window, default half the context")
     evaluate.add_argument("--resamples", type=int, default=1000, help="of the bootstrap intervals")
+    evaluate.add_argument("--length", type=int, default=0, help="new tokens of a generated answer, default of the targets")
+    evaluate.add_argument("--bleu", default="13a", help="sacrebleu's tokenizer: 13a, intl, char, zh, none")
     evaluate.add_argument("--tasks", default="", help="names of lm-eval harness tasks, with commas between")
     evaluate.add_argument("--include", default="", help="folder of your own task files")
     evaluate.add_argument("--limit", type=int, default=0, help="first examples of each task, default all")
@@ -61,6 +63,12 @@ def _parser(chosen: str = "") -> _Parser:
     status = verb("status", "Progress, speed and last checkpoint of a running or dead job.", config=False)
     status.add_argument("workdir")
     status.add_argument("--json", action="store_true")
+    convert = verb("convert", "Turn a published model into a run, or a run into a published model.", config=False)
+    convert.add_argument("--from", dest="source", required=True, metavar="FROM", help="hf:FOLDER, or a run")
+    convert.add_argument("--to", dest="target", required=True, metavar="TO", help="a new run, or hf:FOLDER")
+    convert.add_argument("--family", default="", help="model_type to export as, default the first that fits")
+    convert.add_argument("--dtype", default="", help="of exported tensors, default the parameters'")
+    convert.add_argument("--shard-gb", type=float, default=5.0, help="largest exported file")
     prepare = verb("prepare", "Turn a corpus into token shards.", config=False)
     prepare.add_argument("--source", action="append", required=True, help="stdlib, files, folders, globs, tfds:...")
     prepare.add_argument("--out", required=True, help="directory for the shards")
@@ -83,7 +91,7 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _check_verb(arguments: Sequence[str]) -> None:
-    verbs = ("train", "eval", "generate", "prepare", "launch", "status")
+    verbs = ("train", "eval", "generate", "prepare", "convert", "launch", "status")
     if arguments and not arguments[0].startswith("-") and arguments[0] not in verbs:
         raise InputError(f"unknown verb '{arguments[0]}'{nearest(arguments[0], verbs)}; verbs: {', '.join(verbs)}")
 
@@ -109,7 +117,9 @@ def run(argv: Sequence[str]) -> None:
     elif args.verb == "eval":
         from bigmodel_jax.assess import Options, evaluate_run
 
-        options = Options(context=args.context, stride=args.stride, resamples=args.resamples)
+        options = Options(
+            context=args.context, stride=args.stride, resamples=args.resamples, length=args.length, bleu=args.bleu
+        )
         evaluate_run(
             args.workdir, overrides, step=args.step, out=args.out, as_json=args.json, options=options
         )
@@ -120,6 +130,12 @@ def run(argv: Sequence[str]) -> None:
             args.workdir, overrides, prompts=args.prompt or [""], length=args.length,
             temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
         )  # fmt: skip
+    elif args.verb == "convert":
+        from bigmodel_jax.convert import convert
+
+        convert(
+            args.source, args.target, overrides, family=args.family, dtype=args.dtype, shard_gb=args.shard_gb
+        )
     elif args.verb == "launch":
         from bigmodel_jax.launch.command import launch
 

@@ -296,7 +296,8 @@ def _fit_model_to_data(config: dict[str, Any], data: Loaded | None) -> None:
             raise InputError(f"config leaf 'model.{leaf}' must be given when there is no data to take it from")
         if model[leaf] == 0:
             model[leaf] = found
-        elif found and model[leaf] != found:
+        elif found and model[leaf] != found and not (leaf == "vocab_size" and found < model[leaf]):
+            # A table may have more rows than the tokenizer has ids (padded to a round number), never fewer.
             raise InputError(
                 f"config leaf 'model.{leaf}' = {model[leaf]}, but the data has {found}; "
                 f"leave it 0 to take it from the data"

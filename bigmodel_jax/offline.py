@@ -30,8 +30,8 @@ def open_run(
       InputError: no run or no checkpoint there, or an override that does not fit.
     """
     workdir = workdirs.existing(path)
-    config = json.loads((workdir / "config.json").read_text())
-    config = experiments.resolve(config, overrides)
+    config = workdirs.placed(json.loads((workdir / "config.json").read_text()), workdir)
+    config = experiments.resolve(_renamed(config, overrides), overrides)
     set_up_process(sections.Runtime(**config["runtime"]))
     screen = Screen()
     with screen:
@@ -43,6 +43,15 @@ def open_run(
         raise InputError(f"'{path}' has no checkpoint yet; train it first")
     state, meta = found
     return exp, programs, state, int(meta["step"])
+
+
+def _renamed(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Without the leaves of sections that an override gives another name, such as another data set."""
+    for path, name in map(schema.parse_override, overrides):
+        section, _, leaf = path.partition(".")
+        if leaf == "name" and config.get(section, {}).get("name") != name:
+            config = config | {section: {}}
+    return config
 
 
 def generate_from_run(
@@ -61,12 +70,15 @@ def generate_from_run(
     tokenizer = exp.data.tokenizer
     if tokenizer is None:
         raise InputError(f"'{path}' is not a language model: it has no tokenizer to generate text with")
-    encoded = [[tokenizer.eos, *tokenizer.encode(prompt).tolist()] for prompt in prompts]
+    encoded = [tokenizer.prompt(prompt) for prompt in prompts]
     rows = generate(
         exp.model, programs.eval_variables(state), encoded, length=length, key=jax.random.key(seed),
         temperature=temperature, top_k=top_k, top_p=top_p, eos=tokenizer.eos, pad=tokenizer.pad,
     )  # fmt: skip
-    texts = [prompt + tokenizer.decode(row.tolist()) for prompt, row in zip(prompts, rows, strict=True)]
+    texts = [
+        prompt + tokenizer.decode(row.tolist(), continued=bool(prompt))
+        for prompt, row in zip(prompts, rows, strict=True)
+    ]
     for text in texts:
         print(text)
     return texts

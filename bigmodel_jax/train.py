@@ -63,6 +63,8 @@ def train(config: Mapping[str, Any], path: str, *, allow_config_change: bool = F
         )
         with clock.span("prepare"):
             exp = experiments.build(config, progress=screen.preparing)
+        if exp.data.train is None:
+            raise InputError(f"data '{config['data']['name']}' has nothing to train on; name a data set (data.name)")
         for line in changes:
             screen.say(line)
         if hosts.is_first():

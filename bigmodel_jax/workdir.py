@@ -22,6 +22,8 @@ from bigmodel_jax.errors import InputError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets", "sentencepiece")
 
+RUN = "{run}"  # in a text of a config: the directory of the run
+
 
 def open_workdir(path: str) -> epath.Path:
     """The directory, made if missing; relative local paths are resolved, URLs are left alone.
@@ -50,6 +52,19 @@ def existing(path: str) -> epath.Path:
     if not (workdir / "config.json").exists():
         raise InputError(f"'{path}' is not a run: it has no config.json")
     return workdir
+
+
+def placed(config: Mapping[str, Any], workdir: epath.Path) -> dict[str, Any]:
+    """A config with "{run}" in its texts replaced by where the run is now: a run that was moved finds its files."""
+
+    def of(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: of(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(of(item) for item in value)
+        return value.replace(RUN, str(workdir)) if isinstance(value, str) else value
+
+    return of(config)
 
 
 @contextlib.contextmanager

@@ -15,13 +15,18 @@ from typing import Any
 import numpy as np
 
 from bigmodel_jax.data import images
+from bigmodel_jax.data.answers import Spans
+from bigmodel_jax.data.instructions import Instructions
 from bigmodel_jax.data.labelled import LabelledText, MaskedTable
 from bigmodel_jax.data.loaded import Loaded, Progress, Spec, ramp
 from bigmodel_jax.data.numeric import NumericTable
 from bigmodel_jax.data.pairs import Cmudict, Pairs
 from bigmodel_jax.data.pipeline import Pipeline
 from bigmodel_jax.data.prepare import prepare
+from bigmodel_jax.data.sources import Arrays
+from bigmodel_jax.data.splits import shuffled
 from bigmodel_jax.data.storage import cache_root
+from bigmodel_jax.data.tagged import LabelledTokens
 from bigmodel_jax.data.text import Documents, MaskTokens, TargetBytes
 from bigmodel_jax.data.tfds import Tfds
 from bigmodel_jax.data.token_rows import TokenShards
@@ -146,7 +151,8 @@ class _Images:
 
     pad_crop: pixels of padding before a random crop. rotate: degrees either way. flip: mirror half
     of the images. cutout: side of the square that is cut out. mixup: alpha of the Beta distribution.
-    mean, std: per channel, of images in 0..1; () leaves them as they are.
+    mean, std: per channel, of images in 0..1; () leaves them as they are. limit: train on so many images, the same
+    ones for every seed; 0 takes all.
     """
 
     pad_crop: int = 0
@@ -156,6 +162,7 @@ class _Images:
     mixup: float = 0.0
     mean: tuple = ()
     std: tuple = ()
+    limit: int = 0
 
     def shape(self) -> tuple[int, int, int]:
         """Height, width and channels of a training image."""
@@ -178,6 +185,10 @@ class _Images:
         self, *, seed: int, batch_size: int | tuple, eval_batch_size: int, progress: Progress = None
     ) -> Loaded:
         train, held_out, classes = self.sources()
+        if self.limit:
+            if not 0 < self.limit <= len(train):
+                raise InputError(f"data.limit {self.limit} must lie in 1..{len(train)}, the training images")
+            train = Arrays(train.gather(np.sort(shuffled(len(train), 0, "limit")[: self.limit])))
         fit, fit_eval = self.fit()
         colour = (images.Normalise(self.mean, self.std),) if self.mean else ()
         parts = (
@@ -280,6 +291,9 @@ DATASETS: dict[str, Any] = {
     "table": NumericTable,
     "labelled_text": LabelledText,
     "masked_table": MaskedTable,
+    "labelled_tokens": LabelledTokens,
+    "spans": Spans,
+    "instructions": Instructions,
     "pairs": Pairs,
     "cmudict": Cmudict,
 }

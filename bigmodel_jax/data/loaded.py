@@ -28,7 +28,7 @@ class Loaded(NamedTuple):
       generation task, "group" (examples of one group are not independent).
     """
 
-    train: Pipeline
+    train: Pipeline | None
     evals: dict[str, Pipeline]
     tokenizer: Any = None
     vocab_size: int = 0
@@ -46,7 +46,8 @@ class Loaded(NamedTuple):
     @property
     def fingerprint(self) -> str:
         """Of the training order and content, and of every evaluation set."""
-        parts = [self.train.fingerprint, *(f"{n}:{p.fingerprint}" for n, p in sorted(self.evals.items()))]
+        train = self.train.fingerprint if self.train else "none"
+        parts = [train, *(f"{n}:{p.fingerprint}" for n, p in sorted(self.evals.items()))]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

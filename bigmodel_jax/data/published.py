@@ -162,12 +162,12 @@ def _style(about: Mapping[str, Any]) -> str:
     return "wordpiece" if about["model"].get("type") == "WordPiece" else "space"
 
 
-_BYTES = _bytes_of_characters()
+CHARACTERS = _bytes_of_characters()
 
 
 def _byte_level(token: str) -> bytes:
-    known = all(c in _BYTES for c in token)
-    return bytes(_BYTES[c] for c in token) if known else token.encode()
+    known = all(c in CHARACTERS for c in token)
+    return bytes(CHARACTERS[c] for c in token) if known else token.encode()
 
 
 def _wordpiece(token: str) -> bytes:

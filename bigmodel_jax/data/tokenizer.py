@@ -233,7 +233,7 @@ def load_tokenizer(path: str) -> Tokenizer:
     path = os.fspath(path).rstrip("/")
     if path.endswith(".model"):
         return SentencePiece(read_bytes(path), path)
-    found = None if _exists(f"{path}/meta.json") else _of_model(path)
+    found = None if _exists(f"{path}/meta.json") else of_model(path)
     if found is not None:
         return found
     try:
@@ -245,7 +245,7 @@ def load_tokenizer(path: str) -> Tokenizer:
         ) from None
     if name not in ("bytes", MODEL_FILE, FOLDER):
         raise InputError(f"{path}/meta.json names the tokenizer {name!r}; expected 'bytes' or '{MODEL_FILE}'")
-    tokenizer = Bytes() if name == "bytes" else _of_model(f"{path}/{FOLDER}" if name == FOLDER else path)
+    tokenizer = Bytes() if name == "bytes" else of_model(f"{path}/{FOLDER}" if name == FOLDER else path)
     if tokenizer is None:
         raise InputError(f"{path} lost its {name}; prepare the directory again")
     if tokenizer.fingerprint != expected:
@@ -263,9 +263,9 @@ def _exists(path: str) -> bool:
         return False
 
 
-def _of_model(path: str) -> Tokenizer | None:
+def of_model(path: str) -> Tokenizer | None:
     """The tokenizer of a run's folder or of a published model, ours where it is one of ours."""
     if _exists(f"{path}/{MODEL_FILE}") and not _exists(f"{path}/tokenizer.json"):
         with contextlib.suppress(InputError):  # one that loses text is read as its model reads it
             return SentencePiece(read_bytes(f"{path}/{MODEL_FILE}"), f"{path}/{MODEL_FILE}")
-    return open_published(path) or (None if path.endswith(f"/{FOLDER}") else _of_model(f"{path}/{FOLDER}"))
+    return open_published(path) or (None if path.endswith(f"/{FOLDER}") else of_model(f"{path}/{FOLDER}"))

@@ -18,11 +18,10 @@ import numpy as np
 
 from bigmodel_jax import schema, tree
 from bigmodel_jax.errors import InputError, nearest
-from bigmodel_jax.hf import FAMILIES
+from bigmodel_jax.hf import FAMILIES, encdec, vision
 from bigmodel_jax.hf import safetensors as st
 from bigmodel_jax.hf.family import Family
 from bigmodel_jax.hf.rows import Plan, View
-from bigmodel_jax.hf.vision import MEANINGS
 from bigmodel_jax.models import MODELS, Model
 
 CONFIG = "config.json"
@@ -31,9 +30,9 @@ MAX_CONFIG = 4 << 20
 NOT_THE_FUNCTION = {
     "attention", "unroll", "remat", "dtype", "param_dtype", "init", "init_std", "depth_scaled_init", "dropout",
     "attention_dropout", "embed_dropout", "head_dropout", "bn_group", "bn_momentum", "zero_init",
+    "expert_group",
 }  # fmt: skip
-_PARAM_DTYPES = ("float32", "bfloat16", "float16", "float64")
-_SAME_AS = {"num_kv_heads": "num_heads"}
+PARAM_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
@@ -186,7 +185,7 @@ def _dtypes(tensors: st.Tensors) -> dict[str, str]:
     """Parameters in the dtype of the file; in the widest one where it has several (which is exact)."""
     found = {tensors.dtype(name) for name in tensors if tensors.dtype(name).kind in "fV"}
     wide = np.result_type(*found) if len(found) < 2 or np.dtype("float64") in found else np.dtype("float32")
-    name = wide.name if found and wide.name in _PARAM_DTYPES else "float32"
+    name = wide.name if found and wide.name in PARAM_DTYPES else "float32"
     return {"param_dtype": name, "dtype": name}
 
 
@@ -235,7 +234,7 @@ def express(section: Mapping[str, Any], only: str = "") -> tuple[str, dict[str, 
 
 
 def _canonical(section: Mapping[str, Any]) -> dict[str, Any]:
-    section = MEANINGS.get(section["name"], dict)(section)
+    section = (vision.MEANINGS | encdec.MEANINGS).get(section["name"], dict)(section)
     out = {key: value for key, value in section.items() if key not in NOT_THE_FUNCTION}
     width, heads = out.get("embed_dim", 0), out.get("num_heads", 0)
     if width and heads:
@@ -263,8 +262,8 @@ def write_folder(
     family: str = "",
     dtype: str = "",
     shard_bytes: int = st.SHARD_BYTES,
-) -> list[str]:
-    """Write config.json and weights; returns the names of the files.
+) -> tuple[str, list[str]]:
+    """Write config.json and weights; returns (model_type, names of the files).
 
     Args:
       section: complete model section.
@@ -299,7 +298,7 @@ def write_folder(
     whole = _config(config, origin) | {"torch_dtype": main.name}
     files = st.write_folder(folder, shapes, lambda name: plan.to_foreign(names[name], parameters), shard_bytes)
     (folder / CONFIG).write_text(json.dumps(whole, indent=2, sort_keys=True) + "\n")
-    return [CONFIG, *files]
+    return kind, [CONFIG, *files]
 
 
 def _config(config: dict[str, Any], origin: Origin | None) -> dict[str, Any]:
