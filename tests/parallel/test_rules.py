@@ -3,9 +3,12 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bigmodel_jax.errors import InputError
+from bigmodel_jax.models.spec import Spec
+from bigmodel_jax.models.transformer import Embed
 from bigmodel_jax.parallel import mesh as meshes
 from bigmodel_jax.parallel import rules
 
@@ -124,3 +127,31 @@ def test_constrain_follows_the_active_mesh_and_not_a_cached_trace():
             double(x)
     assert len(double(x).sharding.device_set) == 1 and rules.active() is None
     assert len(traces) == 3
+
+
+def test_a_sharded_table_is_read_without_replicating_what_is_read(capfd):
+    """The partitioner warns when it can only change a layout by replicating the array."""
+    mesh = meshes.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    spec = Spec(vocab_size=64, embed_dim=16, num_heads=2, positions="none")
+
+    def placed(axes, shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, rules.spec(axes, shape, mesh)))
+
+    table, rows = placed(("vocab", "embed"), (64, 16), "float32"), placed(("batch", "length"), (8, 12), "int32")
+
+    def embedded(table, tokens):
+        return Embed(spec).apply({"params": {"tokens": table}}, tokens, None, True, None)[0]
+
+    def plain(table, tokens):
+        return jnp.take(table, tokens, axis=0)
+
+    def warned(read):
+        def loss(table, tokens):
+            return jnp.sum(jnp.sin(rules.constrain(read(table, tokens), ("batch", "length", "embed_act"))))
+
+        with rules.use(mesh):
+            jax.jit(jax.grad(loss)).lower(table, rows).compile()
+        return "Involuntary full rematerialization" in capfd.readouterr().err
+
+    assert not warned(embedded)
+    assert warned(plain)
