@@ -86,6 +86,32 @@ def test_classifier_reads_both_ends_of_the_real_tokens(x64):
     assert np.abs(np.asarray(run(v, changed % 11, segments))[1] - got[1]).max() > 1e-4
 
 
+def test_gradients_equal_differences(x64):
+    """Along a random direction of all parameters, with padding and a border between documents."""
+    model = MODELS["recurrent_lm"](**LM, **WIDE, peepholes=True, tied_embeddings=True)
+    v = randomised(model)
+    tokens = np.random.default_rng(2).integers(0, 11, (2, 5)).astype(np.int32)
+    segments = np.array([[1, 1, 2, 2, 2], [3, 3, 3, 0, 0]], np.int32)
+    r = np.random.default_rng(3)
+    direction = jax.tree.map(lambda x: jnp.asarray(r.normal(size=x.shape)), v["params"])
+
+    def loss(params, t):
+        moved = jax.tree.map(lambda x, d: x + t * d, params, direction)
+        z = logits_of(model, {"params": moved, "stats": {}}, tokens=tokens, segments=segments)
+        return jnp.sum(jnp.where(segments[..., None] > 0, jax.nn.log_softmax(z), 0)[..., 1])
+
+    @jit
+    def both(params):
+        gradient = jax.grad(loss)(params, 0.0)
+        along = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, gradient, direction)))
+        difference = jax.lax.map(lambda t: loss(params, t), jnp.array([1e-5, -1e-5]))
+        return along, (difference[0] - difference[1]) / 2e-5
+
+    along, difference = both(v["params"])
+    np.testing.assert_allclose(along, difference, rtol=1e-6)
+    assert abs(along) > 1e-3
+
+
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_cached_decoding_equals_the_full_pass(cell, x64):
     """Prompts of lengths 2 and 4 padded to 4, then token by token: the same logits as all at once."""

@@ -106,11 +106,12 @@ def np_pair(p, name, source, tokens):
 
 @functools.cache
 def results(name):
-    """(params, full logits, cached logits, logits when padding changes, when the source does)."""
+    """(params, full logits, cached logits, logits when padding changes, when the source does, two slopes)."""
     with jax.enable_x64(True):
         model = MODELS["recurrent_seq2seq"](**SIZES, **WIDE, **KINDS[name])
         r = np.random.default_rng(1)
         v = jax.tree.map(lambda s: jnp.asarray(0.7 * r.normal(size=s.shape)), model.abstract()[0])
+        direction = jax.tree.map(lambda x: jnp.asarray(r.normal(size=x.shape)), v["params"])
 
         def logits(out):
             return out.head(out.hidden)
@@ -136,7 +137,19 @@ def results(name):
             _, rest = jax.lax.scan(step, first.cache, tokens[:, 1:].T)
             cached = jnp.concatenate([logits(first), rest.swapaxes(0, 1)], 1)
             full = logits(out)
-            return full[:2], cached, full[2:4], full[4:]
+
+            def loss(params, t):
+                moved = jax.tree.map(lambda x, d: x + t * d, params, direction)
+                out = model.apply(
+                    {"params": moved}, source=source, source_segments=SEGMENTS, tokens=tokens, train=False
+                )
+                return jnp.sum(jax.nn.log_softmax(logits(out))[..., 1])
+
+            gradient = jax.grad(loss)(v["params"], 0.0)
+            along = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, gradient, direction)))
+            near = jax.lax.map(lambda t: loss(v["params"], t), jnp.array([1e-5, -1e-5]))
+            slopes = jnp.stack([along, (near[0] - near[1]) / 2e-5])
+            return full[:2], cached, full[2:4], full[4:], slopes
 
         got = [np.asarray(x) for x in every(v, jnp.asarray(SOURCE), jnp.asarray(TOKENS))]
         return jax.tree.map(np.asarray, v["params"]), *got
@@ -144,12 +157,13 @@ def results(name):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_logits_equal_numpy_and_cached_decoding(name):
-    params, full, cached, padded, other = results(name)
+    params, full, cached, padded, other, slopes = results(name)
     for row in (0, 1):
         expected = np_pair(params, name, SOURCE[row, : LENGTHS[row]], TOKENS[row])
         np.testing.assert_allclose(full[row], expected, atol=1e-11)
     np.testing.assert_allclose(cached, full, atol=1e-12)
     np.testing.assert_allclose(padded, full, atol=1e-12)
+    np.testing.assert_allclose(slopes[0], slopes[1], rtol=1e-6)  # gradient and difference along one direction
     assert np.abs(other - full).min(-1).max() > 1e-4  # control: a changed source is seen
     short = np_pair(params, name, SOURCE[0, :4], TOKENS[0])
     assert np.abs(short - full[0]).max() > 1e-4  # control: so is its last token
