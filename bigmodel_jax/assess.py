@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from bigmodel_jax import answers, offline
 from bigmodel_jax import experiment as experiments
-from bigmodel_jax import offline
 from bigmodel_jax import workdir as workdirs
 from bigmodel_jax.data.pipeline import Pipeline
 from bigmodel_jax.data.text import TargetBytes
@@ -27,7 +27,7 @@ from bigmodel_jax.data.windows import DocumentWindows
 from bigmodel_jax.errors import InputError
 from bigmodel_jax.evaluate import collect, evaluate, spec
 from bigmodel_jax.experiment import Experiment
-from bigmodel_jax.measures import classification, likelihood, page, plots, spans
+from bigmodel_jax.measures import classification, generated, likelihood, page, plots, spans
 from bigmodel_jax.parallel import hosts
 from bigmodel_jax.programs import Programs
 
@@ -39,7 +39,9 @@ _ENOUGH = 16  # tokens below which a document's mean loss says little
 @dataclass(frozen=True)
 class Options:
     """context: tokens of an evaluation window (0: data.length); stride: new ones per window (0: half of it).
-    resamples, level, seed, method: of the intervals, see measures/intervals.py. worst: examples to show."""
+    resamples, level, seed, method: of the intervals, see measures/intervals.py. worst: examples to show.
+    length: new tokens of a generated answer at most (0: of the longest target, or 64). bleu: sacrebleu's
+    tokenizer."""
 
     context: int = 0
     stride: int = 0
@@ -48,6 +50,8 @@ class Options:
     seed: int = 0
     method: str = "bca"
     worst: int = 12
+    length: int = 0
+    bleu: str = "13a"
 
     def bootstrap(self) -> dict[str, Any]:
         return {"resamples": self.resamples, "level": self.level, "seed": self.seed, "method": self.method}
@@ -131,6 +135,10 @@ def evaluate_run(
         )  # fmt: skip
         if exp.objective.records is not None:
             found[name] = measure_set(exp, programs, state, name, pipeline, options)
+        asked = answers.task(exp, name, pipeline, settings.batches, options.length)
+        if asked is not None:
+            texts = answers.predict(exp, programs.eval_variables(state), asked, exp.eval_rows)
+            found[f"{name}-generated"] = _generated(asked, texts, exp.data.about.get(name, {}), options)
     report = {
         "run": str(path), "step": step, "eval": sums,
         "facts": _facts(exp, step), "options": options.__dict__,
@@ -319,6 +327,27 @@ def _numbers(examples: Examples, options: Options) -> Measured:
     return Measured(_result("numbers", f"{len(error):,} examples", "examples", found, worst), drawn)
 
 
+def _generated(asked: answers.Task, texts: Sequence[str], columns: Mapping[str, Any], options: Options) -> Measured:
+    """Written answers against their references; the ones furthest from them are shown."""
+    groups = columns.get("group")
+    groups = None if groups is None else [groups[i] for i in asked.ids]
+    found = generated.measure(texts, asked.references, groups=groups, tokenize=options.bleu, **options.bootstrap())
+    each = found["per_example"]
+    wrong = np.array(each["exact_match"]) + np.array(each["f1"])
+    worst = [
+        {
+            "id": int(asked.ids[place]), "written": texts[place], "references": asked.references[place],
+            "text": _cut(asked.texts[place]),
+        }
+        for place in np.argsort(wrong, kind="stable")[: options.worst] if wrong[place] < 2
+    ]  # fmt: skip
+    count = sum(map(len, asked.references))
+    about = f"{len(texts):,} inputs with {count:,} accepted texts; greedy, at most {asked.length} tokens"
+    out = Measured(_result("generated", about, "inputs", found, worst))
+    out.result["level"] = options.level
+    return out
+
+
 def _finite(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None
 
@@ -349,14 +378,12 @@ def table(report: Mapping[str, Any], folder: Any) -> str:
     lines = [f"{report['run']} at step {report['step']}"]
     for name, sums in report["eval"].items():
         shown = ", ".join(f"{page.title(k)} {page.number(v)}" for k, v in sums.items() if k != "examples")
-        lines += ["", f"{name}, as in training: {shown}"]
-        result = report["sets"].get(name)
-        if result:
-            lines.append(f"{name}: {result['about']}")
-            heads = ("measure", "value", f"{100 * result['level']:g}% interval", "")
-            rows = [heads, *page.table(result)]
-            widths = [max(len(row[i]) for row in rows) for i in range(3)]
-            for row in rows:
-                cells = [row[0].ljust(widths[0]), row[1].rjust(widths[1]), row[2].rjust(widths[2]), row[3]]
-                lines.append(f"  {'  '.join(cells)}".rstrip())
+        lines.append(f"{name}, as in training: {shown}")
+    for name, result in report["sets"].items():
+        lines += ["", f"{name}: {result['about']}"]
+        rows = [("measure", "value", f"{100 * result['level']:g}% interval", ""), *page.table(result)]
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        for row in rows:
+            cells = [row[0].ljust(widths[0]), row[1].rjust(widths[1]), row[2].rjust(widths[2]), row[3]]
+            lines.append(f"  {'  '.join(cells)}".rstrip())
     return "\n".join([*lines, "", f"page: {folder / 'index.html'}"])

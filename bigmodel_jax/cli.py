@@ -42,7 +42,7 @@ def _parser(chosen: str = "") -> _Parser:
     evaluate.add_argument("--context", type=int, default=0, help="causal LM: tokens of a window, default data.length")
     evaluate.add_argument("--stride", type=int, default=0, help="new tokens in each window, default half the context")
     evaluate.add_argument("--resamples", type=int, default=1000, help="of the bootstrap intervals")
-    evaluate.add_argument("--length", type=int, default=0, help="new tokens of a generated answer, default of the targets")
+    evaluate.add_argument("--length", type=int, default=0, help="new tokens of an answer, default of the targets")
     evaluate.add_argument("--bleu", default="13a", help="sacrebleu's tokenizer: 13a, intl, char, zh, none")
     evaluate.add_argument("--tasks", default="", help="names of lm-eval harness tasks, with commas between")
     evaluate.add_argument("--include", default="", help="folder of your own task files")

@@ -21,7 +21,7 @@ import numpy as np
 from bigmodel_jax import offline
 from bigmodel_jax import workdir as workdirs
 from bigmodel_jax.errors import InputError
-from bigmodel_jax.generate import generate
+from bigmodel_jax.generate import Generator, Sampling
 from bigmodel_jax.learn.losses import token_losses
 from bigmodel_jax.metrics import encode
 from bigmodel_jax.parallel import hosts, rules
@@ -69,6 +69,9 @@ class Bigmodel(TemplateLM):
         self.max_length = max_length or config["model"].get("max_length", 0) or config["data"].get("length", 0) or 1024
         self.batch_size, self.max_gen_toks, self.prefix = batch_size, max_gen_toks, prefix
         self._score = jax.jit(self._sums)
+        self.generator = Generator(
+            self.exp.model, self.variables, mesh=self.exp.mesh, eos=(self.tokenizer.eos,), pad=self.tokenizer.pad
+        )
 
     @property
     def eot_token_id(self) -> int:
@@ -156,30 +159,44 @@ class Bigmodel(TemplateLM):
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Continuations, cut before the first stop string; greedy unless a task asks to sample."""
         out: list[Any] = [None] * len(requests)
-        kinds: dict[tuple[int, float, float, int], list[int]] = {}
+        kinds: dict[tuple[int, Sampling], list[int]] = {}
         for place, request in enumerate(requests):
             options = request.args[1]
             length = int(options.get("max_gen_toks") or options.get("max_new_tokens") or self.max_gen_toks)
-            sampled = options.get("do_sample", False)
-            temperature = float(options.get("temperature", 1.0)) if sampled else 0.0
-            kind = (length, temperature, float(options.get("top_p", 1.0)), int(options.get("top_k", 0)))
-            kinds.setdefault(kind, []).append(place)
-        for (length, temperature, top_p, top_k), places in kinds.items():
+            how = Sampling(
+                temperature=float(options.get("temperature", 1.0)) if options.get("do_sample", False) else 0.0,
+                top_k=int(options.get("top_k", 0)), top_p=float(options.get("top_p", 1.0)),
+            )  # fmt: skip
+            kinds.setdefault((length, how), []).append(place)
+        for (length, how), places in kinds.items():
             room = self.max_length - length
             if room < 1:
                 raise InputError(f"harness: {length} new tokens leave no context of max_length {self.max_length}")
             prompts = {place: self.tok_encode(requests[place].args[0])[-room:] for place in places}
             for some, _ in self._batches(np.array([len(prompts[place]) for place in places])):
                 chosen = [places[i] for i in some]
-                rows = generate(
-                    self.exp.model, self.variables, [prompts[place] for place in chosen], length=length,
-                    key=jax.random.key(chosen[0]), temperature=temperature, top_k=top_k, top_p=top_p,
-                    eos=self.tokenizer.eos, pad=self.tokenizer.pad,
-                )  # fmt: skip
-                for place, row in zip(chosen, rows, strict=True):
-                    out[place] = cut(self.tokenizer.decode(row, continued=True), requests[place].args[1].get("until"))
-                    self.cache_hook.add_partial("generate_until", requests[place].args, out[place])
+                for place, text in zip(chosen, self._written(requests, chosen, prompts, length, how), strict=True):
+                    out[place] = text
+                    self.cache_hook.add_partial("generate_until", requests[place].args, text)
         return out
+
+    def _written(
+        self, requests: list[Any], chosen: list[int], prompts: dict[int, list[int]], length: int, how: Sampling
+    ) -> list[str]:
+        """Texts of one batch; a row ends early once its text holds one of its stop strings."""
+        stops = [requests[place].args[1].get("until") for place in chosen]
+
+        def text(tokens: list[int]) -> str:
+            return self.tokenizer.decode(tokens, continued=True)
+
+        def ended(row: int, tokens: list[int]) -> bool:
+            return cut(text(tokens), stops[row]) != text(tokens)
+
+        key = jax.random.key(chosen[0])
+        rows = self.generator(
+            [prompts[place] for place in chosen], length=length, key=key, sampling=how, ended=ended
+        )
+        return [cut(text(row.tokens), stops[number]) for number, row in enumerate(rows)]
 
 
 def cut(text: str, stops: str | Sequence[str] | None) -> str:

@@ -47,7 +47,9 @@ def measure(
     statistics["rouge_l"] = ratio(rouge, kept) if kept.any() else _undefined
     signatures = {}
     for name, metric in _corpus_metrics(tokenize).items():
-        statistics[name] = _from_counts(metric, pairs)
+        statistics[name], counts = _from_counts(metric, pairs)
+        if name == "bleu" and not counts[:, -1].any():
+            statistics[name], notes[name] = _undefined, "no prediction has four words, and BLEU counts runs of four"
         signatures[name] = str(metric.get_signature())
     found = bootstrap(
         lambda w: {name: fn(w) for name, fn in statistics.items()}, len(pairs), groups=groups, **options
@@ -79,8 +81,10 @@ def streams(references: Sequence[Sequence[str]]) -> list[list[str | None]]:
     return [[texts[i] if i < len(texts) else None for texts in references] for i in range(most)]
 
 
-def _from_counts(metric: Any, pairs: list[tuple[str, Sequence[str]]]) -> Callable[[np.ndarray], np.ndarray]:
-    """The statistic of a sacrebleu metric: its counts per segment, weighted, added up, scored."""
+def _from_counts(
+    metric: Any, pairs: list[tuple[str, Sequence[str]]]
+) -> tuple[Callable[[np.ndarray], np.ndarray], np.ndarray]:
+    """(the statistic of a sacrebleu metric: its counts per segment, weighted, added up, scored; the counts)."""
     predictions, references = zip(*pairs, strict=True)
     counts = np.array(metric._extract_corpus_statistics(predictions, streams(references)), np.float64)
 
@@ -88,7 +92,7 @@ def _from_counts(metric: Any, pairs: list[tuple[str, Sequence[str]]]) -> Callabl
         totals = np.rint(weights @ counts).astype(np.int64)
         return np.array([metric._compute_score_from_stats(row.tolist()).score for row in totals])
 
-    return statistic
+    return statistic, counts
 
 
 def _rouge(pairs: list[tuple[str, Sequence[str]]], notes: dict[str, str]) -> tuple[np.ndarray, np.ndarray]:

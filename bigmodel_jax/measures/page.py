@@ -127,13 +127,14 @@ def _set(
         pairs = [(c["label"], c["predicted"], number(c["count"])) for c in details["confused"][:10]]
         out += ["<h3>Most confused</h3>", _table(("label", "predicted", "examples"), pairs)]
     if result["worst"]:
+        heading = "Largest loss" if "loss" in result["worst"][0] else "Furthest from the references"
         cards = "".join(_card(each, pictures) for each in result["worst"])
-        out.append(f'<h3>Largest loss</h3><div class="cards">{cards}</div>')
+        out.append(f'<h3>{heading}</h3><div class="cards">{cards}</div>')
     return out
 
 
 def _card(worst: Mapping[str, Any], pictures: Mapping[int, bytes]) -> str:
-    lines = [f"#{worst['id']}: loss {number(worst['loss'])}"]
+    lines = [f"#{worst['id']}" + (f": loss {number(worst['loss'])}" if "loss" in worst else "")]
     lines += [f"{key}: {_shown(worst[key])}" for key in worst if key not in ("id", "loss", "text", "picture")]
     parts = [_image(pictures[worst["id"]], f"example {worst['id']}")] if worst["id"] in pictures else []
     parts += [f"<div>{_text(line)}</div>" for line in lines]

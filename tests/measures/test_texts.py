@@ -74,4 +74,7 @@ def test_what_rouge_cannot_count_is_not_a_zero():
     assert out["values"]["rouge_l"] is None and "a-z" in out["notes"]["rouge_l"]
     assert out["values"]["exact_match"] == 1.0 and out["values"]["chrf"] == pytest.approx(100.0)
     empty = generated.measure(["", ""], [["a b"], ["c"]], resamples=50)
-    assert empty["values"]["bleu"] == 0.0 and "empty" in empty["notes"]["all"]
+    assert empty["values"]["chrf"] == 0.0 and "empty" in empty["notes"]["all"]
+    assert empty["values"]["bleu"] is None and "four words" in empty["notes"]["bleu"]
+    wrong = generated.measure(["a b c d", "e f g h"], [["x y z u"], ["v w"]], resamples=50)
+    assert wrong["values"]["bleu"] == 0.0 and wrong["notes"] == {}

@@ -1,0 +1,83 @@
+"""Which inputs a generation task asks, what counts as right, and that batching changes no answer."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from bigmodel_jax import answers, assess
+from bigmodel_jax.data.datasets import DATASETS
+from bigmodel_jax.measures import generated
+
+
+@pytest.fixture
+def exp(tmp_path):
+    """Seven words, one with three targets, behind an encoder-decoder that is not asked to compute."""
+    rows = [(word, word.upper()) for word in ("ab", "c", "abc", "ba", "cab", "b", "ca")]
+    rows += [("c", "CEE"), ("c", "SEE"), ("c", "C")]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps({"source": s, "target": t}) + "\n" for s, t in rows))
+    dataset = DATASETS["pairs"](files=str(file), validation=str(file), source_length=8, length=8)
+    data = dataset.load(seed=0, batch_size=4, eval_batch_size=3)
+    model = SimpleNamespace(encode=True, cache=True)
+    return SimpleNamespace(data=data, model=model, spec=dataset.spec(), mesh=None)
+
+
+def upper(exp):
+    """A Generator that writes its source in capitals."""
+    tokenizer = exp.data.tokenizer
+
+    class Stand:
+        def __init__(self, *_, **__):
+            self.sizes = set()
+
+        def __call__(self, prompts, *, length, key, sampling, sources):
+            assert sampling.temperature == 0.0 and all(prompt == [exp.data.decoder_start] for prompt in prompts)
+            self.sizes.add(len(prompts))
+            assert len(self.sizes) == 1  # one size, one program
+            texts = [tokenizer.decode(np.array(source)).upper() for source in sources]
+            return [SimpleNamespace(tokens=tokenizer.encode(text).tolist()) for text in texts]
+
+    return Stand
+
+
+def test_each_source_is_asked_once_and_every_listed_target_counts(exp, monkeypatch):
+    pipeline = exp.data.evals["validation"]
+    assert len(pipeline) == 10
+    task = answers.task(exp, "validation", pipeline)
+    assert task.texts == ["ab", "c", "abc", "ba", "cab", "b", "ca"]
+    assert task.references[1] == ["C", "CEE", "SEE"] and task.references[0] == ["AB"]
+    assert task.length == 4  # the longest target and its end
+    monkeypatch.setattr(answers, "Generator", upper(exp))
+    for rows in (1, 3, 7, 50):
+        assert answers.predict(exp, None, task, rows) == [text.upper() for text in task.texts]
+    assert answers.task(exp, "validation", pipeline, batches=1).texts == ["ab", "c", "abc"]
+
+
+def test_answers_are_measured_by_input_not_by_row(exp):
+    task = answers.task(exp, "validation", exp.data.evals["validation"])
+    written = [text.upper() for text in task.texts]
+    written[1], written[0] = "SEE", "wrong"
+    found = assess._generated(task, written, {}, assess.Options(resamples=50))
+    assert found.result["values"]["exact_match"] == pytest.approx(6 / 7)
+    assert [each["id"] for each in found.result["worst"]] == [0]
+    assert found.result["worst"][0]["written"] == "wrong" and found.result["worst"][0]["references"] == ["AB"]
+    # Control: row by row, each with its one target, a word of several pronunciations counts several times.
+    pairs = [(text, [target]) for text, targets in zip(written, task.references, strict=True) for target in targets]
+    rows = generated.measure(*zip(*pairs, strict=True), resamples=50)
+    assert rows["values"]["exact_match"] == pytest.approx(6 / 9)
+
+
+def test_a_decoder_is_asked_where_the_data_gives_prompts_and_references():
+    tokenizer = SimpleNamespace(prompt=lambda text: [0, *map(ord, text)])
+    columns = {"prompt": ["1+1=", "2+2="], "references": [["2"], ["4", "four"]]}
+    data = SimpleNamespace(about={"test": columns}, tokenizer=tokenizer)
+    exp = SimpleNamespace(data=data, model=SimpleNamespace(encode=None, cache=True), spec={"tokens": None})
+    pipeline = SimpleNamespace(size=lambda _: 1)
+    task = answers.task(exp, "test", pipeline)
+    assert task.prompts[1] == [0, 50, 43, 50, 61] and task.references == [["2"], ["4", "four"]] and task.sources is None
+    assert answers.task(exp, "test", pipeline, batches=1).texts == ["1+1="]
+    assert answers.task(exp, "validation", pipeline) is None
