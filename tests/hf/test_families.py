@@ -40,6 +40,7 @@ GEMMA3 = llama("gemma3_text", 262144, 1152, 26, 4, 1, 6912, head_dim=256, hidden
                max_position_embeddings=32768, query_pre_attn_scalar=256, sliding_window=512, rope_theta=1000000,
                sliding_window_pattern=6, rope_local_base_freq=10000, final_logit_softcapping=None)  # fmt: skip
 OPT = {"model_type": "opt", "vocab_size": 50272, "max_position_embeddings": 2048, "activation_function": "relu"}
+T5 = {"model_type": "t5", "vocab_size": 32128, "d_model": 512, "d_kv": 64}
 
 # Parameters as the model cards and the released files have them; tied matrices once.
 PUBLISHED = {
@@ -69,6 +70,16 @@ PUBLISHED = {
                                        architectures=["RobertaForMaskedLM"], pad_token_id=1)),
     "albert-base-v2": (11_683_584, bert("albert", 30000, embedding_size=128, hidden_act="gelu_new",
                                         architectures=["AlbertModel"])),
+    "t5-small": (60_506_624, T5 | {"d_ff": 2048, "num_layers": 6, "num_heads": 8}),
+    "t5-v1.1-small": (76_961_152, T5 | {"d_ff": 1024, "num_layers": 8, "num_heads": 6, "tie_word_embeddings": False,
+                                        "feed_forward_proj": "gated-gelu"}),
+    # 139,420,416 parameters, and the bias of the logits, which is stored but not trained there.
+    "bart-base": (139_420_416 + 50265, {
+        "model_type": "bart", "vocab_size": 50265, "d_model": 768, "encoder_layers": 6, "decoder_layers": 6,
+        "encoder_attention_heads": 12, "decoder_attention_heads": 12, "encoder_ffn_dim": 3072, "decoder_ffn_dim": 3072,
+        "max_position_embeddings": 1024}),
+    "mixtral-8x7b": (46_702_792_704, llama("mixtral", 32000, 4096, 32, 32, 8, 14336, num_local_experts=8,
+                                           rope_theta=1000000.0, max_position_embeddings=32768)),
 }  # fmt: skip
 
 
