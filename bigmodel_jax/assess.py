@@ -284,30 +284,41 @@ def _tokens(examples: Examples, options: Options) -> Measured:
 
 
 def _spans(examples: Examples, options: Options) -> Measured:
-    """Extractive answers: the best span as text against the accepted answers."""
+    """Extractive answers, the best span of all windows of a question, as text against the accepted answers."""
     records, tokenizer = examples.records, examples.exp.data.tokenizer
-    first, last, _ = spans.best_span(records["start_logits"], records["end_logits"])
-    references = examples.column("references")
-    predictions, wanted = [], []
-    for place in range(len(first)):
-        tokens = examples.rows([place])["tokens"][0]
-        own = (int(records["start"][place]), int(records["end"][place]))
-        predictions.append(_span_text(tokenizer, tokens, int(first[place]), int(last[place])))
-        wanted.append([_span_text(tokenizer, tokens, *own)] if references is None else list(references[place]))
-    found = spans.measure(predictions, wanted, groups=examples.column("group"), **options.bootstrap())
+    rows = examples.rows(range(len(examples.ids)))
+    candidate = rows["token_types"] > 0 if "token_types" in rows else np.arange(rows["tokens"].shape[1])[None] > 0
+    start, end = (np.where(candidate, records[f"{name}_logits"], -np.inf) for name in ("start", "end"))
+    first, last, score = spans.best_span(start, end)
+    none = records["start_logits"][:, 0].astype(np.float64) + records["end_logits"][:, 0]
+    texts = [tokenizer.decode(rows["tokens"][i, first[i] : last[i] + 1]).strip() for i in range(len(first))]
+    references, groups = examples.column("references"), examples.column("group")
+    if references is None:
+        own = enumerate(zip(records["start"], records["end"], strict=True))
+        references = [[tokenizer.decode(rows["tokens"][i, a : b + 1]).strip()] if b else [""] for i, (a, b) in own]
+    question = np.asarray(examples.column("question") or examples.ids)
+    names, windows_of = np.unique(question, return_inverse=True)
+    # As in SQuAD 2.0: "no answer" wins where every window prefers it, if some question has none.
+    some_without = any("" in accepted or not accepted for accepted in references)
+    chosen, written, loss = [], [], np.zeros(len(names))
+    for place in range(len(names)):
+        mine = np.flatnonzero(windows_of == place)
+        best = mine[np.argmax(score[mine])]
+        chosen.append(best)
+        written.append("" if some_without and none[mine].min() > score[best] else texts[best])
+        loss[place] = records["loss"][mine].mean()
+    wanted = [list(references[best]) for best in chosen]
+    groups = None if groups is None else [groups[best] for best in chosen]
+    found = spans.measure(written, wanted, groups=groups, **options.bootstrap())
     worst = [
         {
-            "id": int(examples.ids[place]), "loss": _finite(records["loss"][place]), "predicted": predictions[place],
-            "answers": wanted[place], "text": _cut(examples.text(place)),
+            "id": int(examples.ids[chosen[place]]), "loss": _finite(loss[place]), "predicted": written[place],
+            "answers": wanted[place], "text": _cut(examples.text(chosen[place])),
         }
-        for place in _worst(records["loss"], options.worst)
+        for place in _worst(loss, options.worst)
     ]  # fmt: skip
-    return Measured(_result("spans", f"{len(first):,} questions", "questions", found, worst))
-
-
-def _span_text(tokenizer: Any, tokens: np.ndarray, first: int, last: int) -> str:
-    """Text of a span; "" for the span of the first token alone, which stands for no answer."""
-    return "" if last == 0 else tokenizer.decode(tokens[first : last + 1]).strip()
+    about = f"{len(names):,} questions in {len(first):,} windows"
+    return Measured(_result("spans", about, "questions", found, worst))
 
 
 def _numbers(examples: Examples, options: Options) -> Measured:

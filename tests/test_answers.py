@@ -81,3 +81,29 @@ def test_a_decoder_is_asked_where_the_data_gives_prompts_and_references():
     assert task.prompts[1] == [0, 50, 43, 50, 61] and task.references == [["2"], ["4", "four"]] and task.sources is None
     assert answers.task(exp, "test", pipeline, batches=1).texts == ["1+1="]
     assert answers.task(exp, "validation", pipeline) is None
+
+
+def test_a_question_is_answered_from_the_best_of_its_windows():
+    """Question 0 has two windows, 1 one, 2 has no answer; bytes are tokens, the context starts at place 3."""
+    words = ["??|red fox.", "??|big dog.", "??|old cat.", "??|no owl.."]
+    tokens = np.array([list(word.encode()) for word in words])
+    start, end = np.full((2, 4, 11), -5.0)
+    for row, (a, b, score) in enumerate([(3, 5, 1.0), (7, 9, 4.0), (3, 5, 2.0), (6, 8, 1.0)]):
+        start[row, a], end[row, b] = score, score
+    start[:, 0] = end[:, 0] = [3.0, 0.0, 0.0, 6.0]  # the first window and the last prefer "no answer"
+    start[0, 1] = end[0, 1] = 9.0  # the question itself is no candidate
+    rows = {"tokens": tokens, "token_types": np.tile(np.arange(11) >= 3, (4, 1)).astype(int)}
+    columns = {
+        "question": [0, 0, 1, 2], "group": [0, 0, 1, 2], "text": ["q0", "q0", "q1", "q2"],
+        "references": [["Dog", "the big dog"]] * 2 + [["old cat"], [""]],
+    }  # fmt: skip
+    tokenizer = SimpleNamespace(decode=lambda ids: bytes(ids.tolist()).decode())
+    examples = SimpleNamespace(
+        ids=np.arange(4), rows=lambda places: rows, column=columns.get, text=lambda place: columns["text"][place],
+        exp=SimpleNamespace(data=SimpleNamespace(tokenizer=tokenizer)),
+        records={"start_logits": start, "end_logits": end, "loss": np.array([1.0, 2.0, 5.0, 0.5])},
+    )  # fmt: skip
+    found = assess._spans(examples, assess.Options(resamples=50)).result
+    assert found["about"].startswith("3 questions in 4 windows")
+    assert [each["predicted"] for each in found["worst"]] == ["old", "dog", ""]
+    assert found["values"] == pytest.approx({"exact_match": 2 / 3, "f1": (1 + 2 / 3 + 1) / 3})
