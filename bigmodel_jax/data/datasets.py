@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from bigmodel_jax.data import images
+from bigmodel_jax.data import images, spans
 from bigmodel_jax.data.answers import Spans
 from bigmodel_jax.data.instructions import Instructions
 from bigmodel_jax.data.labelled import LabelledText, MaskedTable
@@ -135,6 +135,38 @@ class MaskedText(Text):
             tokenizer.vocab_size, tokenizer.mask, special, self.rate, self.slots(), words, self.static
         )
         return (*cut, mask)
+
+
+@dataclass(frozen=True)
+class SpanText(Text):
+    """Denoising of rows of text for an encoder-decoder (T5). Leaves as in Text, in stream mode without segments.
+
+    length: tokens of text in a row; the lengths of source and target follow, so that neither has padding.
+    rate, mean_span: see CorruptSpans. sentinels: ids added behind the tokenizer's.
+    """
+
+    rate: float = 0.15
+    mean_span: float = 3.0
+    sentinels: int = 100
+
+    def spec(self) -> Spec:
+        source, target = (((n,), "int32") for n in spans.lengths(self.length, self.rate, self.mean_span))
+        fields = {"source": source, "source_segments": source, "tokens": target, "targets": target}
+        return fields | {"weights": (target[0], "float32")}
+
+    def transforms(self, tokenizer: Any) -> tuple[Any, ...]:
+        if self.segments or self.mode != "stream":
+            raise InputError("data.mode of span_text is stream, and segments False: rows are cut from the whole text")
+        return (
+            spans.CorruptSpans(
+                tokenizer.vocab_size, self.sentinels, tokenizer.eos, tokenizer.pad, tokenizer.pad, self.rate,
+                self.mean_span,
+            ),
+        )  # fmt: skip
+
+    def load(self, **options: Any) -> Loaded:
+        found = super().load(**options)
+        return found._replace(vocab_size=found.vocab_size + self.sentinels, decoder_start=found.tokenizer.pad)
 
 
 @dataclass(frozen=True)
@@ -294,6 +326,7 @@ DATASETS: dict[str, Any] = {
     "labelled_tokens": LabelledTokens,
     "spans": Spans,
     "instructions": Instructions,
+    "span_text": SpanText,
     "pairs": Pairs,
     "cmudict": Cmudict,
 }

@@ -1,0 +1,27 @@
+"""Denoising with a T5-style encoder-decoder on the source code of Python's own standard library.
+
+    bigmodel train --config configs/span_tiny.py --workdir runs/span
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg=None):
+    config = ConfigDict()
+    config.steps = 400
+    config.batch_size = 16
+    config.model = dict(
+        name="encoder_decoder", num_layers=2, decoder_layers=2, embed_dim=128, num_heads=2, mlp_dim=256,
+        positions="none", relative_buckets=32, attention_scale=1.0, norm="rmsnorm", norm_bias=False,
+        norm_placement="pre", bias=False, activation="geglu", embed_scale=1.0, tied_embeddings=False,
+        dropout=0.0, embed_dropout=0.0,
+    )  # fmt: skip
+    config.objective = dict(name="seq2seq")
+    config.optimizer = dict(name="muon", lr=8e-3, clip=1.0)
+    config.schedule = dict(name="linear", warmup=20)
+    config.data = dict(
+        name="span_text", corpus="stdlib", tokenizer="bpe", vocab_size=2048, length=128, validation_fraction=0.05
+    )
+    config.eval = dict(batch_size=16)
+    config.checkpoint = dict(every=200)
+    return config
