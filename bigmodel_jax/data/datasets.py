@@ -166,7 +166,8 @@ class SpanText(Text):
 
     def load(self, **options: Any) -> Loaded:
         found = super().load(**options)
-        return found._replace(vocab_size=found.vocab_size + self.sentinels, decoder_start=found.tokenizer.pad)
+        tokenizer = spans.Sentinels(found.tokenizer, self.sentinels)
+        return found._replace(tokenizer=tokenizer, vocab_size=tokenizer.vocab_size, decoder_start=tokenizer.pad)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ class Symbols(Tokenizer):
     """
 
     kind = "symbols"
+    lossless = False
 
     def __init__(self, symbols: Sequence[str], separator: str = ""):
         what = json.dumps([list(symbols), separator], ensure_ascii=False)

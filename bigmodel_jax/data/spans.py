@@ -6,14 +6,36 @@ Both end with eos. Sentinels are ids behind the tokenizer's, the first run's the
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from bigmodel_jax.data.order import RowRng
+from bigmodel_jax.data.pieces import Tokenizer
 from bigmodel_jax.errors import InputError
 
 Batch = dict[str, np.ndarray]
+
+
+class Sentinels(Tokenizer):
+    """A tokenizer with sentinels behind its ids, written <extra_id_0>, the highest, and so on downwards."""
+
+    def __init__(self, tokenizer: Tokenizer, number: int):
+        names = [f"<extra_id_{number - 1 - i}>".encode() for i in range(number)]
+        special = np.flatnonzero(tokenizer.special()).tolist()
+        fingerprint = hashlib.sha256(f"{tokenizer.fingerprint} {number}".encode()).hexdigest()
+        super().__init__(
+            [*tokenizer.table, *names], special, tokenizer.eos, tokenizer.pad, tokenizer.mask, fingerprint
+        )
+        self.kind, self._tokenizer = tokenizer.kind, tokenizer
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 0) -> list[np.ndarray]:
+        return self._tokenizer.encode_batch(texts, threads)
+
+    def save(self, directory: str) -> str:
+        return self._tokenizer.save(directory)
 
 
 def counts(real: np.ndarray, rate: float, mean_span: float) -> tuple[np.ndarray, np.ndarray]:
