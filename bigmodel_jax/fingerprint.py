@@ -8,6 +8,7 @@ else is missed with probability about 2^-32.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -36,17 +37,31 @@ def _as_words(x: jax.Array) -> jax.Array:
     return bits.astype(jnp.uint32)
 
 
-@jax.jit
-def _on_device(x: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="shape")
+def _of_shard(x: jax.Array, first: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Contribution of a shard whose element 0 is at index `first` [ndim] of an array of `shape`."""
     words = _as_words(x)
-    # Positions come from one iota per axis: flattening a sharded array would gather it.
+    # Positions come from one iota per axis: flattening would copy.
     position = jnp.zeros((), jnp.uint32)
     stride = 1
     for axis in reversed(range(words.ndim)):
-        step = np.uint32(stride * _GOLDEN & 0xFFFFFFFF)
-        position = position + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * step
-        stride *= words.shape[axis]
+        here = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        if axis < x.ndim:
+            here = here + first[axis]
+        position = position + here * np.uint32(stride * _GOLDEN & 0xFFFFFFFF)
+        stride *= shape[axis] if axis < x.ndim else words.shape[axis]
     return jnp.sum(_mix(words + position), dtype=jnp.uint32)
+
+
+def _of_shards(x: jax.Array) -> list[jax.Array]:
+    """Contributions of what this process holds, each part of the array once in the whole job."""
+    if x.is_fully_addressable and jax.process_index() > 0:
+        return []  # every process has it all: the first one counts it
+    return [
+        _of_shard(shard.data, np.array([cut.start or 0 for cut in shard.index], np.uint32), x.shape)
+        for shard in x.addressable_shards
+        if shard.replica_id == 0
+    ]
 
 
 def of_numpy(x: np.ndarray) -> int:
@@ -71,12 +86,22 @@ def of_leaves(leaves: Mapping[str, Any]) -> dict[str, int]:
     Returns:
       {path: integer in [0, 2^32)}, the same for every mesh, process count and array library.
     """
-    pending: dict[str, Any] = {}
+    fixed: dict[str, int] = {}
+    pending: dict[str, list[jax.Array]] = {}
     for path, leaf in leaves.items():
         if math.prod(leaf.shape) == 0:
-            pending[path] = 0
+            fixed[path] = 0
         elif isinstance(leaf, jax.Array):
-            pending[path] = _on_device(leaf)
+            pending[path] = _of_shards(leaf)
         else:
-            pending[path] = of_numpy(np.asarray(leaf))
-    return {path: int(value) for path, value in jax.device_get(pending).items()}
+            fixed[path] = of_numpy(np.asarray(leaf))
+    parts = jax.device_get(pending)
+    sums = np.array([sum(int(part) for part in parts[path]) & 0xFFFFFFFF for path in pending], np.uint32)
+    if jax.process_count() > 1:
+        # One exchange at the end. A sum over all devices per leaf is many small programs with
+        # collectives in flight at once, and those have been seen to wait for each other for ever.
+        from jax.experimental import multihost_utils
+
+        sums = multihost_utils.process_allgather(sums).sum(axis=0, dtype=np.uint32)
+    found = fixed | {path: int(value) for path, value in zip(pending, sums, strict=True)}
+    return {path: found[path] for path in leaves}

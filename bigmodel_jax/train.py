@@ -199,6 +199,8 @@ class _Run:
                 self.watchdog.pat(grace_s=COMPILE_GRACE_S)
                 for each in self.exp.batch_sizes():
                     self.programs.step(each)
+                # The first collective waits only seconds for peers that are still compiling.
+                hosts.barrier("compiled", COMPILE_GRACE_S)
                 self.clock.mark("first_step")
         self.profile(step)
         with self.clock.span("step"):

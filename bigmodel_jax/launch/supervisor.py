@@ -120,6 +120,7 @@ class Supervisor:
     def __init__(self, job: Job, say: Callable[[str], None] = lambda line: print(f"launch: {line}", flush=True)):
         self.job, self.say = job, say
         self.attempts = 0
+        self.current: Attempt | None = None  # the processes that run now
         self._asked = False
 
     def _ask(self, *_: object) -> None:
@@ -144,7 +145,7 @@ class Supervisor:
 
     def _attempt(self) -> list[int]:
         self.attempts += 1
-        attempt = Attempt(self.job, self.attempts)
+        attempt = self.current = Attempt(self.job, self.attempts)
         forwarded, deadline, killed = False, None, False
         own: list[int | None] = [None] * self.job.processes
         try:
