@@ -107,7 +107,7 @@ class _Run:
         self.evals = {name: (rows, spec(pipeline)) for name, pipeline in exp.data.evals.items()}
         self.key = jax.random.key(exp.run.seed)
         self.saved = -1
-        self.tracing = False
+        self.tracing = self.met = False
         self.pending: tuple[int, Any] | None = None
         self.results: dict[str, Any] = {}
         self.stopping = Stopping.of(self.settings["eval"], exp.data.evals)
@@ -199,9 +199,11 @@ class _Run:
                 self.watchdog.pat(grace_s=COMPILE_GRACE_S)
                 for each in self.exp.batch_sizes():
                     self.programs.step(each)
-                # The first collective waits only seconds for peers that are still compiling.
-                hosts.barrier("compiled", COMPILE_GRACE_S)
                 self.clock.mark("first_step")
+        if not self.met:
+            # The first collective waits only seconds for peers that are still compiling.
+            hosts.barrier("compiled", COMPILE_GRACE_S)
+            self.met = True
         self.profile(step)
         with self.clock.span("step"):
             state, metrics = self.programs.step(size)(state, batch, self.key)
