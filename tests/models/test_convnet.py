@@ -95,6 +95,6 @@ def test_dropout_belongs_to_the_row_and_trains_only():
         return hidden(True, slice(None)), hidden(True, slice(1, 2)), hidden(False, slice(None))
 
     both, alone, plain = jax.jit(runs, compiler_options=QUICK)(jnp.ones((2, 8, 8, 1)), keys)
-    np.testing.assert_allclose(alone[0], both[1], rtol=1e-5)
-    assert np.abs(both[0] - both[1]).max() > 0.01
-    np.testing.assert_allclose(plain[0], plain[1], rtol=1e-5)
+    np.testing.assert_allclose(alone[0], both[1], atol=1e-4)
+    assert np.abs(both[0] - both[1]).max() > 1.0
+    np.testing.assert_allclose(plain[0], plain[1], atol=1e-4)
