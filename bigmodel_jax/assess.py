@@ -235,9 +235,10 @@ def _classes(examples: Examples, options: Options) -> Measured:
         else:
             entry["text"] = _cut(examples.text(place))
         worst.append(entry)
-    count = len(set(groups)) if groups is not None else len(labels)
     about = f"{len(labels):,} labelled tokens of {len(loss):,} texts" if per_token else f"{len(labels):,} examples"
-    about += f" in {count:,} groups, which the intervals resample" if groups is not None else ""
+    if groups is not None:
+        units = "texts" if examples.column("group") is None else "groups"
+        about += f"; the intervals resample {len(np.unique(groups)):,} {units}"
     drawn = {}
     if found["roc"]:
         drawn["roc"] = plots.roc(found["roc"])

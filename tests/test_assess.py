@@ -91,7 +91,7 @@ def test_a_classifier_is_measured_like_scikit_learn_measures_it(runs, evaluated,
 def test_text_shows_itself_and_groups_widen_the_interval(runs, evaluated, monkeypatch):
     report, folder = evaluated("films")
     result = report["sets"]["validation"]
-    assert "10 groups" in result["about"]
+    assert "resample 10 groups" in result["about"]
     assert re.fullmatch(r"(good|bad) film \d", result["worst"][0]["text"])
     assert result["worst"][0]["text"] in (folder / "index.html").read_text()
     found = result["intervals"]["nll"]

@@ -225,6 +225,9 @@ class Scores:
             curve = {"fpr": fpr[at].round(6).tolist(), "tpr": tpr[at].round(6).tolist()}
             out["roc"].append({"name": self.names[c], "auc": area} | curve)
         areas = [curve["auc"] for curve in out["roc"]]
+        if self.classes > SHOWN_CLASSES:
+            out["roc"] = sorted(out["roc"], key=lambda curve: curve["auc"])[:20]
+            out["notes"]["roc"] = f"{self.classes} classes: only the 20 worst curves are listed"
         out["values"]["auc"] = float(np.mean(areas)) if areas else None
         if not areas:
             out["notes"]["auc"] = "all labels are of one class"
