@@ -69,6 +69,10 @@ def _parser(chosen: str = "") -> _Parser:
     convert.add_argument("--family", default="", help="model_type to export as, default the first that fits")
     convert.add_argument("--dtype", default="", help="of exported tensors, default the parameters'")
     convert.add_argument("--shard-gb", type=float, default=5.0, help="largest exported file")
+    probe = verb("probe", "Logistic regression on the frozen features that a config starts from.")
+    probe.add_argument("--shots", default="0", help="examples per class, with commas between; 0 is all")
+    probe.add_argument("--repeats", type=int, default=5, help="draws of the few examples")
+    probe.add_argument("--out", default="", help="file for the numbers as JSON")
     prepare = verb("prepare", "Turn a corpus into token shards.", config=False)
     prepare.add_argument("--source", action="append", required=True, help="stdlib, files, folders, globs, tfds:...")
     prepare.add_argument("--out", required=True, help="directory for the shards")
@@ -91,7 +95,7 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _check_verb(arguments: Sequence[str]) -> None:
-    verbs = ("train", "eval", "generate", "prepare", "convert", "launch", "status")
+    verbs = ("train", "eval", "probe", "generate", "prepare", "convert", "launch", "status")
     if arguments and not arguments[0].startswith("-") and arguments[0] not in verbs:
         raise InputError(f"unknown verb '{arguments[0]}'{nearest(arguments[0], verbs)}; verbs: {', '.join(verbs)}")
 
@@ -123,6 +127,14 @@ def run(argv: Sequence[str]) -> None:
         evaluate_run(
             args.workdir, overrides, step=args.step, out=args.out, as_json=args.json, options=options
         )
+    elif args.verb == "probe":
+        from bigmodel_jax import experiment
+        from bigmodel_jax.probe import probe_to_file
+
+        if not all(word.isdigit() for word in args.shots.split(",")):
+            raise InputError(f"--shots {args.shots!r} should be numbers with commas between, such as 1,8,0")
+        config = experiment.resolve(experiment.read(args.config), overrides)
+        probe_to_file(config, [int(word) for word in args.shots.split(",")], args.repeats, args.out)
     elif args.verb == "generate":
         from bigmodel_jax.offline import generate_from_run
 
