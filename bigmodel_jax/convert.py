@@ -170,7 +170,7 @@ def to_folder(
     section = published.complete(exp.config["model"])
     kind, files = published.write_folder(
         folder, section, {path: _Host(leaf) for path, leaf in arrays.items()}, origin, family=family, dtype=dtype,
-        shard_bytes=shard_bytes,
+        shard_bytes=shard_bytes, extra=_ids(exp.data.tokenizer),
     )  # fmt: skip
     if exp.data.tokenizer is not None:
         _save_tokenizer(exp.data.tokenizer, place)
@@ -178,6 +178,12 @@ def to_folder(
         "model_type": kind, "folder": folder, "step": step, "parameters": tree.count(variables["params"]),
         "files": sorted(path.name for path in place.iterdir()), "weights": files,
     }  # fmt: skip
+
+
+def _ids(tokenizer: Tokenizer | None) -> dict[str, int]:
+    """What config.json says of the tokenizer's ids."""
+    roles = {f"{role}_token_id": getattr(tokenizer, role, None) for role in ("bos", "eos", "pad")}
+    return {name: index for name, index in roles.items() if index is not None}
 
 
 class _Host:

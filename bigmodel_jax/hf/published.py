@@ -262,6 +262,7 @@ def write_folder(
     family: str = "",
     dtype: str = "",
     shard_bytes: int = st.SHARD_BYTES,
+    extra: Mapping[str, Any] | None = None,
 ) -> tuple[str, list[str]]:
     """Write config.json and weights; returns (model_type, names of the files).
 
@@ -271,6 +272,7 @@ def write_folder(
       origin: what the import kept; its config is repeated with what differs now, its dtypes and names as well.
       family: the model_type to write, default the origin's, else the first that fits.
       dtype: of the stored tensors, default that of the parameters.
+      extra: keys for config.json where the origin's has none, such as the tokenizer's eos_token_id.
 
     Raises:
       InputError: the model has no published form.
@@ -293,10 +295,16 @@ def write_folder(
     shapes = {
         stored(name): (np.dtype(kept.get(name, main)), plan.foreign[source]) for name, source in sources.items()
     }
+    constants = {stored(name): x for name, x in FAMILIES[kind].constants(plan.foreign).items()}
+    shapes |= {name: (x.dtype, x.shape) for name, x in constants.items()}
+
+    def tensor(name: str) -> np.ndarray:
+        return constants[name] if name in constants else plan.to_foreign(names[name], parameters)
+
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    whole = _config(config, origin) | {"torch_dtype": main.name}
-    files = st.write_folder(folder, shapes, lambda name: plan.to_foreign(names[name], parameters), shard_bytes)
+    whole = dict(extra or {}) | _config(config, origin) | {"torch_dtype": main.name}
+    files = st.write_folder(folder, shapes, tensor, shard_bytes)
     (folder / CONFIG).write_text(json.dumps(whole, indent=2, sort_keys=True) + "\n")
     return kind, [CONFIG, *files]
 
