@@ -6,10 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bigmodel_jax import tree
 from bigmodel_jax.errors import InputError
 from bigmodel_jax.models import decoder, moe, routing
 from bigmodel_jax.models.spec import Spec
+from bigmodel_jax.parallel import mesh as meshes
+from bigmodel_jax.parallel import rules
 
 B, L, D, F, E, K = 4, 6, 8, 12, 5, 2
 SIZES = dict(vocab_size=11, num_layers=2, embed_dim=D, num_heads=2, mlp_dim=F, max_length=L, bias=False,
@@ -106,3 +107,81 @@ def test_equals_a_loop_over_experts(name, x64):
     slope = (loss(ends[0], x) - loss(ends[1], x)) / (2 * step)
     got = sum(jax.tree.leaves(jax.tree.map(lambda g, w: np.sum(g * w), dv["params"], ways)))
     np.testing.assert_allclose(got, slope, rtol=1e-6)
+
+
+def test_dropless_on_a_mesh_sorts_each_shard_alone(x64):
+    spec, module, variables, x, segments = built(CASES["mixtral"])
+    mesh = meshes.make_mesh({"data": 2, "fsdp": 2}, jax.devices()[:4])
+
+    def run(variables, x):
+        return module.apply(variables, x, jnp.asarray(segments))[0]
+
+    with rules.use(mesh):
+        sharded = jax.jit(run, in_shardings=(None, meshes.batch_sharding(mesh, accumulated=False)))(variables, x)
+    expected, _ = np_moe(variables["params"], np.zeros(E), x, segments, spec)
+    real = segments[..., None] > 0
+    np.testing.assert_allclose(np.asarray(sharded) * real, expected * real, atol=1e-12)
+
+
+def test_balance_is_a_sum_over_groups_of_rows_and_of_nothing_smaller():
+    rng = np.random.default_rng(0)
+    s = rng.dirichlet(np.ones(E), (8, L))
+    real = (rng.random((8, L)) < 0.7).astype(float)
+    chosen = np.eye(E)[np.argsort(-s)[..., :K]].sum(-2)
+
+    balance = jax.jit(routing.balance, static_argnums=3)
+
+    def total(rows, number):
+        return float(np.sum(balance(s[rows], chosen[rows], real[rows], number)))
+
+    expected = 0.0
+    for g in range(4):
+        rows = slice(2 * g, 2 * g + 2)
+        tokens = real[rows].sum()
+        f = (chosen[rows] * real[rows][..., None]).sum((0, 1)) / (K * tokens)
+        p = (s[rows] * real[rows][..., None]).sum((0, 1)) / tokens
+        expected += tokens * E * (f * p).sum()
+    whole = total(slice(0, 8), 4)
+    assert whole == pytest.approx(expected, rel=1e-5)
+    halves, quarters = ([total(slice(i, i + n), n // 2) for i in range(0, 8, n)] for n in (4, 2))
+    assert sum(halves) == pytest.approx(whole, rel=1e-6) and sum(quarters) == pytest.approx(whole, rel=1e-6)
+    # Control: as one group it is no sum over parts.
+    assert abs(sum(total(slice(i, i + 4), 1) for i in (0, 4)) - total(slice(0, 8), 1)) > 1e-3
+    even = np.full((2, L, E), 1 / E)
+    assert float(np.sum(balance(even, even * K, np.ones((2, L)), 1))) == pytest.approx(2 * L)
+
+
+def test_places_count_the_dropped_exactly_and_invert_each_other():
+    experts = np.random.default_rng(1).integers(0, 2, (3, 8, 1))
+    real = np.ones((3, 8))
+    real[2, 5:] = 0
+    places = jax.jit(routing.places, static_argnums=(2, 3))
+    for room in (2, 8):
+        slot, back = (np.asarray(y) for y in places(experts, real, 2, room))
+        for g in range(3):
+            counts = [int((experts[g, :, 0][real[g] > 0] == e).sum()) for e in range(2)]
+            assert (slot[g] < 2 * room).sum() == sum(min(count, room) for count in counts)
+            for t in np.flatnonzero(slot[g] < 2 * room):
+                assert back[g, slot[g, t]] == t and slot[g, t] // room == experts[g, t, 0] and real[g, t]
+            assert (back[g] < 8).sum() == (slot[g] < 2 * room).sum()
+
+
+def test_bias_moves_towards_balance_once_per_step():
+    load = jnp.asarray([[4.0, 0.0, 2.0], [1.0, 1.0, 1.0]])
+    moved = moe.merge({"bias": jnp.full((2, 3), 0.5)}, {"bias": load}, 0.125)["bias"]
+    assert moved.tolist() == [[0.375, 0.625, 0.5], [0.5, 0.5, 0.5]]
+    other = moe.merge({"bias": jnp.full((2, 3), 0.5)}, {"bias": load / 4}, 0.125)["bias"]
+    assert (other == moved).all()  # the mean over microbatches serves as well as the sum
+
+
+def test_flops_count_active_experts_alone():
+    sizes = SIZES | {"activation": "relu"}
+    dense = decoder(**sizes | {"mlp_dim": 3 * F}).flops(L)
+    mixed = decoder(**sizes, num_experts=16, experts_per_token=2, shared_experts=1).flops(L)
+    assert mixed == dense + 2 * 2.0 * D * 16  # and the router, in two layers
+
+
+def test_options_that_do_not_fit():
+    for options in (dict(num_experts=2, experts_per_token=3), dict(router="hash"), dict(capacity_factor=-1.0)):
+        with pytest.raises(InputError):
+            decoder(**SIZES | options)
