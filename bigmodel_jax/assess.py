@@ -104,6 +104,13 @@ class Examples:
         real = row["segments"] > 0 if "segments" in row else np.ones(len(tokens), bool)
         return data.tokenizer.decode(tokens[real])
 
+    def target(self, place: int) -> dict[str, str]:
+        """{"target": what should be written}, of a pair of texts; {} of others."""
+        if "source" not in self.exp.spec:
+            return {}
+        row = self.rows([place])
+        return {"target": self.exp.data.tokenizer.decode(row["targets"][0][row["weights"][0] > 0])}
+
 
 def evaluate_run(
     path: str,
@@ -268,7 +275,9 @@ def _tokens(examples: Examples, options: Options) -> Measured:
             f"all of its document before it or at least {source.context - source.stride} tokens of it"
         )
     worst = []
-    enough = sums["weight"] >= min(_ENOUGH, sums["weight"].max())
+    enough = sums["weight"] >= _ENOUGH
+    if not documents or not enough.any():
+        enough[:] = True
     names = np.unique(groups) if groups is not None else np.arange(len(mean))
     for place in _worst(np.where(enough, mean, -np.inf), options.worst):
         entry = {"id": _plain(names[place]), "loss": _finite(mean[place]), "tokens": int(sums["weight"][place])}
@@ -277,7 +286,7 @@ def _tokens(examples: Examples, options: Options) -> Measured:
             entry["text"] = _cut(tokenizer.decode(source.text_tokens(int(names[place]), SHOWN)))
         else:
             first = place if groups is None else int(np.flatnonzero(np.asarray(groups) == names[place])[0])
-            entry["text"] = _cut(examples.text(first))
+            entry |= {"text": _cut(examples.text(first))} | examples.target(first)
         worst.append(entry)
     nll = found["values"]["nll"]
     drawn = {} if nll is None else {"spread": plots.spread(mean, f"nats per token of each of the {units}", nll)}

@@ -107,3 +107,14 @@ def test_a_question_is_answered_from_the_best_of_its_windows():
     assert found["about"].startswith("3 questions in 4 windows")
     assert [each["predicted"] for each in found["worst"]] == ["old", "dog", ""]
     assert found["values"] == pytest.approx({"exact_match": 2 / 3, "f1": (1 + 2 / 3 + 1) / 3})
+
+
+def test_short_texts_are_among_the_largest_losses():
+    records = {"id": np.arange(3), "loss": np.array([30.0, 9.0, 2.0]), "weight": np.array([20.0, 3.0, 2.0])}
+    examples = SimpleNamespace(
+        records=records, ids=records["id"], column=lambda name: None, text="text {}".format, target=lambda place: {},
+        pipeline=SimpleNamespace(source=None),
+    )  # fmt: skip
+    found = assess._tokens(examples, assess.Options(resamples=50)).result
+    assert [(each["id"], each["loss"]) for each in found["worst"]] == [(1, 3.0), (0, 1.5), (2, 1.0)]
+    assert found["worst"][0]["text"] == "text 1" and found["values"]["nll"] == pytest.approx(41 / 25)
