@@ -29,7 +29,7 @@ from bigmodel_jax.data.tokenizer import of_model
 from bigmodel_jax.errors import InputError
 from bigmodel_jax.hf import published
 from bigmodel_jax.hf.published import Origin, Published
-from bigmodel_jax.hf.tokenizer_json import of_bytes
+from bigmodel_jax.hf.tokenizer_json import tokenizer_json
 from bigmodel_jax.learn import state as states
 from bigmodel_jax.programs import Programs, set_up_process
 
@@ -200,8 +200,8 @@ class _Host:
 
 
 def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    if tokenizer.kind == "bytes":
-        for name, text in of_bytes(tokenizer).items():
+    """The files that the tokenizer came with, or one of ours in its own form and as tokenizer.json."""
+    tokenizer.save(str(folder))
+    if tokenizer.kind != "published":
+        for name, text in tokenizer_json(tokenizer).items():
             (folder / name).write_text(text)
-    else:
-        tokenizer.save(str(folder))

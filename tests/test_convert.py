@@ -17,7 +17,7 @@ from bigmodel_jax.data.tokenizer import load_tokenizer
 from bigmodel_jax.errors import InputError
 from bigmodel_jax.hf import published
 from bigmodel_jax.hf import safetensors as st
-from bigmodel_jax.hf.tokenizer_json import of_bytes
+from bigmodel_jax.hf.tokenizer_json import tokenizer_json
 from bigmodel_jax.train import train
 from tests import tiny
 
@@ -35,7 +35,7 @@ def model(tmp_path_factory):
     shapes = published.shapes_of(published.build(section))
     ours = {path: (rng.normal(size=x.shape) * 0.1).astype(x.dtype) for path, x in shapes.items()}
     published.write_folder(str(home / "gpt2"), section, ours, shard_bytes=30_000)
-    for name, text in of_bytes(Bytes()).items():
+    for name, text in tokenizer_json(Bytes()).items():
         (home / "gpt2" / name).write_text(text)
     report = converting.convert(f"hf:{home / 'gpt2'}", str(home / "run"))
     assert report["parameters"] == sum(x.size for x in ours.values()) and report["tokenizer"] == "published"

@@ -63,7 +63,7 @@ class SentencePiece(Tokenizer):
             processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, ValueError, TypeError) as error:
             raise InputError(f"{name} is not a SentencePiece model: {one_line(error)}") from None
-        self.model, self._processor = model, processor
+        self.model, self.processor = model, processor
         size = processor.get_piece_size()
         special = [i for i in range(size) if processor.is_control(i) or processor.is_unknown(i)]
         table = [piece_bytes(processor, i) for i in range(size)]
@@ -108,7 +108,7 @@ class SentencePiece(Tokenizer):
             owners.append(owner)
         for part in parts:
             utf8(part)
-        encoded = self._processor.encode(parts, num_threads=threads or cores()) if parts else []
+        encoded = self.processor.encode(parts, num_threads=threads or cores()) if parts else []
         result = []
         for owner in owners:
             if len(owner) == 1 and owner[0] >= 0:
