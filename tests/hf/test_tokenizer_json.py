@@ -40,7 +40,8 @@ def test_unigram_keeps_to_its_own_file(text):
 
 def test_a_form_that_differs_is_not_written(monkeypatch):
     """The control: merges in the wrong order give other ids, and that is seen."""
-    ours = train_tokenizer(["the cat sat on the mat, then that cat sat there, where a hat and a bat sat\n" * 9], vocab_size=327)
+    words = "the cat sat on the mat, then that cat sat there, where a hat and a bat sat\n"
+    ours = train_tokenizer([words * 9], vocab_size=327)
     assert form.tokenizer_json(ours)
     right = form._merges
     monkeypatch.setattr(form, "_merges", lambda scores: right(scores)[::-1])
