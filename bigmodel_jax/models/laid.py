@@ -36,6 +36,7 @@ class Tiled:
     """A weight [contracted..., out...] as tiles [tiles, contracted, COLUMNS]; calling it multiplies."""
 
     tiles: jax.Array
+    one: jax.Array  # 1.0, see __call__
     contracted: int = dataclasses.field(metadata={"static": True})
     out: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
@@ -44,7 +45,10 @@ class Tiled:
         lead = x.shape[: x.ndim - self.contracted]
         rows = math.prod(lead)
         high = jnp.promote_types(x.dtype, jnp.float32)
-        flat = x.reshape(rows, -1).astype(high)
+        # XLA:CPU would fuse what makes x (a norm, an activation) into the product with every tile and write
+        # that out, at three times the cost. A division it takes for too expensive to repeat; an
+        # optimization_barrier is gone before fusion.
+        flat = x.reshape(rows, -1).astype(high) / self.one.astype(high)
         tiles = self.tiles.astype(high)
         if rows == 1:
             y = jnp.sum(flat[0][None, :, None] * tiles, axis=1)
@@ -59,7 +63,7 @@ def tiled(w: jax.Array, contracted: int, dtype: Any = None) -> Tiled:
     inner = math.prod(w.shape[:contracted])
     flat = w.reshape(inner, -1).astype(dtype or w.dtype)
     flat = jnp.pad(flat, ((0, 0), (0, -flat.shape[1] % COLUMNS)))
-    return Tiled(jnp.swapaxes(flat.reshape(inner, -1, COLUMNS), 0, 1), contracted, w.shape[contracted:])
+    return Tiled(jnp.swapaxes(flat.reshape(inner, -1, COLUMNS), 0, 1), jnp.ones((), flat.dtype), contracted, w.shape[contracted:])
 
 
 def _at(tree_: Any, path: str) -> Any:
