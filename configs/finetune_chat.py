@@ -5,7 +5,6 @@
     bigmodel train --config configs/finetune_chat.py:lora --workdir runs/chat/lora          1% of the parameters
     bigmodel generate --workdir runs/chat/full --temperature 0 --prompt "### User
     How long is the word 'float'?
-
     ### Assistant
     "
 
@@ -65,7 +64,7 @@ def get_config(part: str = "full") -> ConfigDict:
     config.data = {"name": "text", "corpus": "stdlib", "tokenizer": "bytes", "length": 128}
     if part != "pretrain":
         config.data = {
-            "name": "instructions", "train": conversations(), "group": "word", "tokenizer": "bytes", "length": 128,
+            "name": "instructions", "train": conversations(), "group": "word", "tokenizer": "bytes", "length": 160,
         }  # fmt: skip
         config.init_from = {"path": "runs/chat/pretrain"}
     if part == "lora":
