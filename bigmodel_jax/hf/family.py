@@ -10,6 +10,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from bigmodel_jax.errors import InputError, nearest
 from bigmodel_jax.hf.rows import Table
 
@@ -33,6 +35,7 @@ class Family:
     prefix: what the names of a file of the bare model lack ("bert.").
     ignored: regexes of foreign names that hold no weights (masks kept as buffers).
     renames: (regex, replacement) for names that older files have.
+    constants: names of the table -> tensors that the reference wants beside them and that hold no weights.
     fit: (our model section, names in the file) -> section: parts that a file may have beyond what config.json says.
     """
 
@@ -42,6 +45,7 @@ class Family:
     prefix: str = ""
     ignored: Sequence[str] = ()
     renames: Sequence[tuple[str, str]] = ()
+    constants: Callable[[Collection[str]], dict[str, np.ndarray]] = lambda names: {}
     fit: Callable[[dict[str, Any], Collection[str]], dict[str, Any]] = lambda section, names: section
 
 

@@ -114,6 +114,12 @@ def _resnet_rows(s: Config) -> Table:
     return [*rows, Row("classifier.1.weight", "head/kernel", transpose), Row("classifier.1.bias", "head/bias")]
 
 
+def _counters(names: Collection[str]) -> dict[str, np.ndarray]:
+    """Batches seen by each norm, which only a reference without momentum reads."""
+    means = (name for name in names if name.endswith("running_mean"))
+    return {name.replace("running_mean", "num_batches_tracked"): np.zeros((), np.int64) for name in means}
+
+
 # ViT (Dosovitskiy et al. 2021).
 
 
@@ -189,6 +195,9 @@ def _vit_rows(s: Config) -> Table:
 MEANINGS: dict[str, Callable[[Config], dict[str, Any]]] = {"resnet": resnet_meaning}
 
 FAMILIES = {
-    "resnet": Family(_resnet_config, _resnet_foreign, _resnet_rows, "resnet.", ignored=(r"\.num_batches_tracked$",)),
+    "resnet": Family(
+        _resnet_config, _resnet_foreign, _resnet_rows, "resnet.",
+        ignored=(r"\.num_batches_tracked$",), constants=_counters,
+    ),
     "vit": Family(_vit_config, _vit_foreign, _vit_rows, "vit.", fit=_vit_fit),
-}
+}  # fmt: skip

@@ -180,6 +180,5 @@ def test_sizes_and_what_does_not_fit():
         MODELS["recurrent_seq2seq"](vocab_size=9, num_layers=2, decoder_layers=1, bridge="copy")
     with pytest.raises(InputError, match="did you mean 'additive'"):
         MODELS["recurrent_seq2seq"](vocab_size=9, attention="aditive")
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape), shared.abstract()[0])
     with pytest.raises(InputError, match="needs source, memory"):
-        shared.apply(zeros, tokens=jnp.zeros((1, 1), jnp.int32), train=False)
+        jax.eval_shape(lambda v: shared.apply(v, tokens=TOKENS, train=False).hidden, shared.abstract()[0])

@@ -46,7 +46,9 @@ _T5 = {
     "num_heads": 4, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0,
     "relative_attention_num_buckets": 8, "relative_attention_max_distance": 10,
 }  # fmt: skip
-_RESNET = {"num_channels": 3, "embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [2, 1, 1, 2]}
+_RESNET = {"num_channels": 3, "embedding_size": 8, "depths": [2, 1, 2], "num_labels": 5}
+_BASIC = _RESNET | {"layer_type": "basic", "hidden_sizes": [8, 16, 32]}
+_BOTTLENECK = _RESNET | {"layer_type": "bottleneck", "hidden_sizes": [32, 64, 128]}
 _VIT = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "image_size": 16,
     "patch_size": 4, "num_channels": 3,
@@ -61,7 +63,8 @@ CASES: dict[str, Case] = {
     "opt, narrow table, post-norm": Case("OPTForCausalLM", _OPT | {
         "word_embed_proj_dim": 16, "do_layer_norm_before": False, "activation_function": "gelu",
     }),
-    "opt, classes": Case("OPTForSequenceClassification", _OPT | {"num_labels": 3, "pad_token_id": 1}, "decoder classes"),
+    "opt, classes": Case("OPTForSequenceClassification", _OPT | {
+        "num_labels": 3, "pad_token_id": 1}, "decoder classes"),
     "gpt_neox": Case("GPTNeoXForCausalLM", {
         "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
         "intermediate_size": 48, "max_position_embeddings": 64, "rope_parameters": {
@@ -121,9 +124,11 @@ CASES: dict[str, Case] = {
         "encoder-decoder",
     ),
     "bart": Case("BartForConditionalGeneration", _BART, "encoder-decoder"),
-    "resnet, basic": Case("ResNetForImageClassification", _RESNET | {"layer_type": "basic", "num_labels": 5}, "image"),
-    "resnet, bottleneck": Case(
-        "ResNetForImageClassification", _RESNET | {"layer_type": "bottleneck", "num_labels": 5}, "image"
+    "resnet, basic": Case("ResNetForImageClassification", _BASIC, "image"),
+    "resnet, bottleneck": Case("ResNetForImageClassification", _BOTTLENECK, "image"),
+    "resnet, stride first": Case(
+        "ResNetForImageClassification", _BOTTLENECK | {"downsample_in_bottleneck": True}, "image"
     ),
     "vit": Case("ViTForImageClassification", _VIT | {"num_labels": 5}, "image"),
+    "vit, pooled, no qkv bias": Case("ViTModel", _VIT | {"qkv_bias": False}, "image"),
 }  # fmt: skip

@@ -168,7 +168,8 @@ def gradient_difference(opened: Any, model: Any, gradients: Any, work: Path) -> 
     for name in opened.plan.foreign:
         if any(path.startswith("stats/") for path in opened.plan.owner[name][0].paths):
             continue
-        mine, other = np.asarray(opened.plan.to_foreign(name, flat), np.float64), theirs.read(name if name in theirs else name.removeprefix(prefix))
+        mine = np.asarray(opened.plan.to_foreign(name, flat), np.float64)
+        other = theirs.read(name if name in theirs else name.removeprefix(prefix))
         # A gradient that is zero in exact arithmetic (of a key's bias) has no relative error.
         size = max(float(np.linalg.norm(other)), 1e-4 * whole)
         found.append((float(np.linalg.norm(mine - other)) / size, name))
