@@ -1,7 +1,12 @@
 """Grapheme to phoneme: an encoder-decoder reads the letters of a word and writes its phonemes.
 
     bigmodel train --config configs/g2p_cmudict.py --workdir runs/g2p
-    python benchmarks/g2p.py --workdir runs/g2p
+    python benchmarks/g2p.py runs/g2p
+
+126,000 words of the CMU dictionary; 5% of them, with all their pronunciations, are held out. 39 phonemes,
+`--config.data.stress=True` keeps the stress of vowels (the benchmark then counts both). 1.78 M parameters,
+twelve passes over the data. The aim is a greedy word error rate of at most 28%; it is not measured yet: the
+loss falls from 4.2 to 1.95 nats in the first 50 steps, which is as far as it has been tried.
 """
 
 from ml_collections import ConfigDict

@@ -35,7 +35,8 @@ def architecture(s: Config, family: str) -> dict[str, Any]:
 def meaning(s: Config) -> dict[str, Any]:
     """A section with the sizes that 0 stands for."""
     scale = s["embed_scale"] or s["embed_dim"] ** 0.5
-    return {**s, "decoder_layers": s["decoder_layers"] or s["num_layers"], "embed_scale": scale}
+    layers, mlp = s["decoder_layers"] or s["num_layers"], s["decoder_mlp_dim"] or f.mlp_dim(s)
+    return {**s, "decoder_layers": layers, "decoder_mlp_dim": mlp, "embed_scale": scale}
 
 
 # T5 (Raffel et al. 2020); v1.1 has gated layers, an output matrix of its own and no scaling before it.
@@ -115,12 +116,13 @@ def _bart_config(c: Config) -> dict[str, Any]:
         static_position_embeddings=False, tie_word_embeddings=True, normalize_embedding=True,
     )  # fmt: skip
     heads, mlp = f.integer(c, "encoder_attention_heads"), f.integer(c, "encoder_ffn_dim")
-    f.only(c, decoder_attention_heads=heads, decoder_ffn_dim=mlp)
+    f.only(c, decoder_attention_heads=heads)
     width, rate, found = f.integer(c, "d_model"), f.number(c, "dropout", 0.1), head(c)
     return {
         "name": "encoder_decoder", "head": found, "vocab_size": f.integer(c, "vocab_size"), "embed_dim": width,
         "num_layers": f.integer(c, "encoder_layers"), "decoder_layers": f.integer(c, "decoder_layers"),
         "num_heads": heads, "mlp_dim": mlp, "positions": "learned", "position_offset": 2,
+        "decoder_mlp_dim": f.integer(c, "decoder_ffn_dim", mlp),
         "max_length": f.integer(c, "max_position_embeddings", 1024), "embed_norm": True,
         "activation": f.pick(c, "activation_function", f.ACTIVATIONS, "gelu"),
         "embed_scale": width**0.5 if c.get("scale_embedding") else 1.0, "head_bias": found == "lm",
@@ -133,7 +135,7 @@ def _bart_foreign(s: Config) -> dict[str, Any]:
     return architecture(s, "Bart") | {
         "vocab_size": s["vocab_size"], "d_model": s["embed_dim"], "encoder_layers": s["num_layers"],
         "decoder_layers": s["decoder_layers"] or s["num_layers"], "encoder_attention_heads": heads,
-        "decoder_attention_heads": heads, "encoder_ffn_dim": mlp, "decoder_ffn_dim": mlp,
+        "decoder_attention_heads": heads, "encoder_ffn_dim": mlp, "decoder_ffn_dim": s["decoder_mlp_dim"] or mlp,
         "max_position_embeddings": s["max_length"], "scale_embedding": s["embed_scale"] != 1.0,
         "activation_function": f.name_of(f.ACTIVATIONS, s["activation"], "activation"), "dropout": s["dropout"],
         "attention_dropout": s["attention_dropout"], "is_encoder_decoder": True,

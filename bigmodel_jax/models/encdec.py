@@ -36,7 +36,7 @@ from bigmodel_jax.parallel.rules import constrain
 class PairSpec(Spec):
     """Options of `encoder_decoder`, those of Spec; the defaults are the base model of Vaswani et al. 2017.
 
-    num_layers: of the encoder. decoder_layers: 0 means as many.
+    num_layers, mlp_dim: of the encoder. decoder_layers, decoder_mlp_dim: 0 means the same.
     vocab_size: of the target. source_vocab_size: 0 means that source and target share vocabulary and table.
     embed_scale: 0 means sqrt(embed_dim).
     relative_buckets: T5's position biases, one table per side for all its layers (Raffel et al. 2020,
@@ -48,6 +48,7 @@ class PairSpec(Spec):
     source_vocab_size: int = 0
     num_layers: int = 6
     decoder_layers: int = 0
+    decoder_mlp_dim: int = 0
     embed_dim: int = 512
     num_heads: int = 8
     max_length: int = 512
@@ -66,6 +67,7 @@ class PairSpec(Spec):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._fill("decoder_layers", self.num_layers)
+        self._fill("decoder_mlp_dim", self.mlp_dim)
         self._fill("embed_scale", self.embed_dim**0.5)
         if self.head not in ("lm", "none"):
             raise InputError(f"head='{self.head}': an encoder-decoder has the heads lm and none")
@@ -156,7 +158,7 @@ class EncoderDecoder(nn.Module):
         options = dataclasses.asdict(spec)
         source = spec.source_vocab_size or spec.vocab_size
         self.encoder = Side(EncoderSide(**options | {"vocab_size": source, "head": "none"}))
-        decoder = DecoderSide(**options | {"num_layers": spec.decoder_layers})
+        decoder = DecoderSide(**options | {"num_layers": spec.decoder_layers, "mlp_dim": spec.decoder_mlp_dim})
         self.decoder = Side(decoder)
         self.head = Head(decoder)
         if not spec.source_vocab_size:
@@ -247,11 +249,12 @@ def forward_flops(spec: PairSpec, source: int, target: int) -> float:
     """Forward matmul FLOPs of one example (see flops.py): encoder, decoder, cross-attention and head."""
     side = functools.partial(
         flops.transformer_forward, width=spec.embed_dim, heads=spec.num_heads, head_dim=spec.head_dim,
-        kv_heads=spec.num_kv_heads, mlp=spec.mlp_dim, gated=ops.ACTIVATIONS[spec.activation][1],
+        kv_heads=spec.num_kv_heads, gated=ops.ACTIVATIONS[spec.activation][1],
         vocab=spec.vocab_size,
     )  # fmt: skip
-    encoder = source * side(layers=spec.num_layers, length=source, head_share=0.0)
-    decoder = target * side(layers=spec.decoder_layers, length=target, head_share=float(spec.head == "lm"))
+    encoder = source * side(layers=spec.num_layers, mlp=spec.mlp_dim, length=source, head_share=0.0)
+    share, mlp = float(spec.head == "lm"), spec.decoder_mlp_dim
+    decoder = target * side(layers=spec.decoder_layers, mlp=mlp, length=target, head_share=share)
     width, kv = spec.embed_dim * spec.head_dim, 2 * spec.num_kv_heads
     products = target * 2 * spec.num_heads * width + source * kv * width
     scores = 2 * target * source * spec.num_heads * spec.head_dim
