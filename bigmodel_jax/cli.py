@@ -48,13 +48,7 @@ def _parser(chosen: str = "") -> _Parser:
     evaluate.add_argument("--include", default="", help="folder of your own task files")
     evaluate.add_argument("--limit", type=int, default=0, help="first examples of each task, default all")
     generate = verb("generate", "Continue a prompt with a trained decoder.", config=False)
-    generate.add_argument("--workdir", required=True)
-    generate.add_argument("--prompt", action="append", help="may be given several times")
-    generate.add_argument("--length", type=int, default=200, help="new tokens")
-    generate.add_argument("--temperature", type=float, default=0.8)
-    generate.add_argument("--top-k", type=int, default=0)
-    generate.add_argument("--top-p", type=float, default=0.95)
-    generate.add_argument("--seed", type=int, default=0)
+    _generate_arguments(generate)
     launch = verb("launch", "Run a training on a cluster, or as several processes here.", config=False)
     if chosen == "launch":
         from bigmodel_jax.launch import command
@@ -77,6 +71,26 @@ def _parser(chosen: str = "") -> _Parser:
     prepare.add_argument("--source", action="append", required=True, help="stdlib, files, folders, globs, tfds:...")
     prepare.add_argument("--out", required=True, help="directory for the shards")
     return parser
+
+
+def _generate_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--workdir", required=True)
+    add("--prompt", action="append", help="may be given several times; an encoder-decoder reads it as its source")
+    add("--length", type=int, default=200, help="new tokens at most")
+    add("--temperature", type=float, default=0.8, help="0 is greedy")
+    add("--top-k", type=int, default=0, help="the k most likely tokens; 0 for all")
+    add("--top-p", type=float, default=0.95, help="the most likely tokens that together reach p")
+    add("--min-p", type=float, default=0.0, help="tokens at least so likely, as a share of the most likely one")
+    add("--repetition-penalty", type=float, default=1.0, help="above 1: tokens that were there become less likely")
+    add("--beams", type=int, default=0, help="beam search of this width, without sampling")
+    add("--length-penalty", type=float, default=1.0, help="beams are scored by log-probability / length ** penalty")
+    add("--stop", action="append", default=[], help="text that ends an answer; may be given several times")
+    add("--seed", type=int, default=0)
+    add("--int8-cache", action="store_true", help="keep keys and values as int8, a quarter of their size")
+    add("--stream", action="store_true", help="show text as it comes")
+    add("--json", action="store_true", help="one object per prompt, with tokens and log-probabilities")
+    add("--interactive", action="store_true", help="talk: Ctrl-C ends an answer, Ctrl-D leaves")
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -136,12 +150,9 @@ def run(argv: Sequence[str]) -> None:
         config = experiment.resolve(experiment.read(args.config), overrides)
         probe_to_file(config, [int(word) for word in args.shots.split(",")], args.repeats, args.out)
     elif args.verb == "generate":
-        from bigmodel_jax.offline import generate_from_run
+        from bigmodel_jax.talk import generate_from_run
 
-        generate_from_run(
-            args.workdir, overrides, prompts=args.prompt or [""], length=args.length,
-            temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
-        )  # fmt: skip
+        generate_from_run(args, overrides)
     elif args.verb == "convert":
         from bigmodel_jax.convert import convert
 

@@ -1,4 +1,4 @@
-"""Open a finished or running run for reading, sample from it; and `prepare`."""
+"""Open a finished or running run for reading; and `prepare`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
 from bigmodel_jax import experiment as experiments
 from bigmodel_jax import schema, sections
 from bigmodel_jax import workdir as workdirs
@@ -16,7 +14,6 @@ from bigmodel_jax.checkpoint import Checkpointer
 from bigmodel_jax.data.prepare import prepare
 from bigmodel_jax.errors import InputError
 from bigmodel_jax.experiment import Experiment
-from bigmodel_jax.generate import generate
 from bigmodel_jax.programs import Programs, set_up_process
 from bigmodel_jax.screen import Screen
 
@@ -52,36 +49,6 @@ def _renamed(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
         if leaf == "name" and config.get(section, {}).get("name") != name:
             config = config | {section: {}}
     return config
-
-
-def generate_from_run(
-    path: str,
-    overrides: Sequence[str],
-    *,
-    prompts: Sequence[str],
-    length: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: int,
-) -> list[str]:
-    """Continue each prompt; prints prompt and continuation, one after the other."""
-    exp, programs, state, _ = open_run(path, overrides)
-    tokenizer = exp.data.tokenizer
-    if tokenizer is None:
-        raise InputError(f"'{path}' is not a language model: it has no tokenizer to generate text with")
-    encoded = [tokenizer.prompt(prompt) for prompt in prompts]
-    rows = generate(
-        exp.model, programs.eval_variables(state), encoded, length=length, key=jax.random.key(seed),
-        temperature=temperature, top_k=top_k, top_p=top_p, eos=tokenizer.eos, pad=tokenizer.pad,
-    )  # fmt: skip
-    texts = [
-        prompt + tokenizer.decode(row.tolist(), continued=bool(prompt))
-        for prompt, row in zip(prompts, rows, strict=True)
-    ]
-    for text in texts:
-        print(text)
-    return texts
 
 
 def prepare_corpus(sources: Sequence[str], out: str, overrides: Sequence[str]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "bigmodel_jax"
 # Imports go down only; a room on one floor may import another on the same floor where no circle results.
 FLOORS = {
     "cli": 7,
-    "train": 6, "offline": 6, "probe": 6, "assess": 6, "answers": 6, "harness": 6, "convert": 6,
+    "train": 6, "offline": 6, "probe": 6, "assess": 6, "answers": 6, "talk": 6, "harness": 6, "convert": 6,
     "launch": 6, "status": 6,
     "experiment": 5, "sections": 5, "programs": 5, "inherit": 5, "checkpoint": 5, "record": 5, "evaluate": 5,
     "workdir": 5, "stopping": 5, "report": 5, "screen": 5,

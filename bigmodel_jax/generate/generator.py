@@ -24,8 +24,8 @@ Ended = Callable[[int, list[int]], bool]
 @dataclass
 class Continuation:
     """tokens: new ones, without what ended them. logprobs: theirs, under the unfiltered model.
-    reason: "eos", "stop" or "length". score: of a beam, the sum of log-probabilities (that of eos included)
-    over length ** length_penalty.
+    reason: "eos", "stop" or "length"; "" while it goes on. score: of a beam, the sum of log-probabilities
+    (that of eos included) over length ** length_penalty.
     """
 
     tokens: list[int]
@@ -101,7 +101,7 @@ class Generator:
         piece: int = PIECE,
         ended: Ended | None = None,
     ) -> Iterator[list[Continuation]]:
-        """After every `piece` tokens, what each row has so far; the last one is complete.
+        """After every `piece` tokens, what each row has so far: one list that grows, complete when all have a reason.
 
         Args:
           length: new tokens at most.
@@ -123,14 +123,16 @@ class Generator:
         state = decoding.prefill(
             self.variables, tokens, lengths, keys, inputs, model=self.model, capacity=capacity, int8=self.int8, **how
         )
-        rows = [Continuation([], [], "length") for _ in prompts]
+        rows = [Continuation([], [], "") for _ in prompts]
         news = (np.asarray(state["token"])[:, None], np.asarray(state["logp"])[:, None])
         count = 1
         while True:
             closed = self._take(rows, *news, ended)
             if closed.any():
                 state["done"] = state["done"] | closed
-            if count >= length or bool(np.all(state["done"])):
+            if count >= length or all(row.reason for row in rows):
+                for row in rows:
+                    row.reason = row.reason or "length"
                 yield rows
                 return
             yield rows
@@ -146,7 +148,7 @@ class Generator:
         """Add new tokens [B, n] to the rows that go on; which rows `ended` closes, [B]."""
         closed = np.zeros(len(rows), bool)
         for number, row in enumerate(rows):
-            if row.reason != "length":
+            if row.reason:
                 continue
             stop = np.flatnonzero(np.isin(tokens[number], self.eos))
             end = stop[0] if len(stop) else tokens.shape[1]

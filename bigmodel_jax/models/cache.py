@@ -114,9 +114,12 @@ def grown(cache: Cache, capacity: int, windows: tuple[int, ...] = ()) -> Cache:
     return cache | {name: tuple(grow(n, x) for n, x in enumerate(cache[name])) for name in names}
 
 
-def taken(cache: Cache, rows: jax.Array) -> Cache:
-    """The cache of other rows: row b of the result is row rows[b]. For beams."""
-    return jax.tree.map(lambda x: jnp.take(x, rows, axis=0), cache)
+def taken(cache: Cache, rows: jax.Array, stacked: bool = False) -> Cache:
+    """The cache of other rows: row b of the result is row rows[b]. For beams.
+
+    stacked: layers come first, as in a cache that is not open.
+    """
+    return jax.tree.map(lambda x: jnp.take(x, rows, axis=1 if stacked and x.ndim > 2 else 0), cache)
 
 
 def _write(x: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:

@@ -1,0 +1,164 @@
+"""`bigmodel generate`: continue prompts of a run's model, whole, as a stream, as JSON, or in a conversation."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import jax
+
+from bigmodel_jax.data.instructions import Chat
+from bigmodel_jax.errors import InputError
+from bigmodel_jax.generate import Continuation, Generator, Sampling, beam_search
+from bigmodel_jax.generate.text import Reader
+from bigmodel_jax.offline import open_run
+
+
+class Speaker:
+    """A run's model with its tokenizer and the options of one command."""
+
+    def __init__(self, args: argparse.Namespace, overrides: Sequence[str]):
+        exp, programs, state, _ = open_run(args.workdir, overrides)
+        if exp.data.tokenizer is None:
+            raise InputError(f"'{args.workdir}' is not a language model: it has no tokenizer to generate text with")
+        self.args, self.data, self.tokenizer = args, exp.data, exp.data.tokenizer
+        self.paired = exp.model.encode is not None
+        self.sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
+        self.generator = Generator(
+            exp.model, programs.eval_variables(state), mesh=exp.mesh, int8=args.int8_cache,
+            eos=(self.tokenizer.eos,), pad=self.tokenizer.pad,
+        )  # fmt: skip
+
+    def inputs(self, texts: Sequence[str]) -> dict[str, Any]:
+        """prompts, and the sources of an encoder-decoder."""
+        if not self.paired:
+            return {"prompts": [self.tokenizer.prompt(text) for text in texts]}
+        reader = self.data.source_tokenizer or self.tokenizer
+        start = self.data.decoder_start if self.data.decoder_start >= 0 else self.tokenizer.eos
+        sources = [[*reader.encode(text).tolist(), reader.eos] for text in texts]
+        return {"prompts": [[start]] * len(texts), "sources": sources}
+
+    def stream(
+        self, inputs: dict[str, Any], seed: int, continued: bool = True
+    ) -> Iterator[tuple[list[Reader], list[Continuation], bool]]:
+        """(a reader of each row, what each has so far, whether that is all)."""
+        readers = [Reader(self.tokenizer, self.args.stop, continued) for _ in inputs["prompts"]]
+        pieces = self.generator.stream(
+            **inputs, length=self.args.length, key=jax.random.key(seed), sampling=self.sampling,
+            ended=(lambda row, tokens: readers[row].ended(tokens)) if self.args.stop else None,
+            piece=8 if self.args.stream or self.args.interactive else 64,
+        )  # fmt: skip
+        for rows in pieces:
+            yield readers, rows, all(row.reason for row in rows)
+
+    def whole(self, texts: Sequence[str]) -> list[tuple[str, Continuation]]:
+        """(text, tokens) of the continuation of each prompt."""
+        inputs = self.inputs(texts)
+        continued = [bool(text) and not self.paired for text in texts]
+        if self.args.beams:
+            found = beam_search(
+                self.generator, **inputs, length=self.args.length, beams=self.args.beams,
+                length_penalty=self.args.length_penalty,
+            )  # fmt: skip
+            rows = [beams[0] for beams in found]
+        else:
+            *_, (_, rows, _) = self.stream(inputs, self.args.seed)
+        readers = [Reader(self.tokenizer, self.args.stop, follows) for follows in continued]
+        return [(reader.text(row.tokens), row) for reader, row in zip(readers, rows, strict=True)]
+
+
+def write(text: str) -> None:
+    """Text to the terminal, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def generate_from_run(args: argparse.Namespace, overrides: Sequence[str]) -> list[str]:
+    """Carry out the command; returns the continuations."""
+    if args.beams and (args.stream or args.interactive):
+        raise InputError("beam search knows its answer only at the end; leave out --stream and --interactive")
+    speaker = Speaker(args, overrides)
+    if args.interactive:
+        return converse(speaker, input)
+    prompts = args.prompt or [""]
+    if args.stream:
+        return [say(speaker, speaker.inputs([text]), args.seed, "" if speaker.paired else text) for text in prompts]
+    texts = []
+    for prompt, (text, row) in zip(prompts, speaker.whole(prompts), strict=True):
+        if args.json:
+            print(json.dumps({"prompt": prompt, "text": text, **asdict(row)}))
+        else:
+            print(text if speaker.paired else prompt + text)
+        texts.append(text)
+    return texts
+
+
+def say(
+    speaker: Speaker, inputs: dict[str, Any], seed: int, before: str = "", stopped: Callable[[], bool] = lambda: False
+) -> str:
+    """Show one answer as it comes, behind `before`; returns its text, as far as it came.
+
+    stopped: asked between pieces; True ends the answer.
+    """
+    write(before)
+    shown = ""
+    for (reader,), (row,), final in speaker.stream(inputs, seed, continued=bool(before)):
+        new = reader.fresh(row.tokens, final)
+        write(new)
+        shown += new
+        if stopped():
+            break
+    write("\n")
+    return shown
+
+
+def converse(speaker: Speaker, ask: Callable[[str], str]) -> list[str]:
+    """Questions and answers until the input ends. Returns the answers.
+
+    With the tokenizer's chat template where it has one; else each line continues the text so far.
+    """
+    template = getattr(speaker.tokenizer, "chat_template", "") and not speaker.paired
+    chat = Chat(speaker.tokenizer) if template else None
+    messages: list[dict[str, str]] = []
+    text, answers = "", []
+    while True:
+        try:
+            line = ask("> ")
+        except EOFError:
+            write("\n")
+            return answers
+        except KeyboardInterrupt:
+            write("\n")
+            continue
+        if chat:
+            messages.append({"role": "user", "content": line})
+            inputs = {"prompts": [chat.prompt(messages)]}
+        else:
+            text += line
+            inputs = speaker.inputs([line if speaker.paired else text])
+        with _interrupts() as stopped:
+            answer = say(speaker, inputs, speaker.args.seed + len(answers), stopped=stopped)
+        messages.append({"role": "assistant", "content": answer})
+        text += answer
+        answers.append(answer)
+
+
+class _interrupts:
+    """While active, Ctrl-C sets a flag instead of breaking off a program that runs on the device."""
+
+    def __enter__(self) -> Callable[[], bool]:
+        flag = threading.Event()
+        self.before = None
+        if threading.current_thread() is threading.main_thread():
+            self.before = signal.signal(signal.SIGINT, lambda *_: flag.set())
+        return flag.is_set
+
+    def __exit__(self, *_: Any) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
