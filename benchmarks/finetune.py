@@ -104,12 +104,15 @@ def compare(right: dict[str, np.ndarray], groups: np.ndarray | None, baseline: s
 
 
 def show(title: str, result: dict[str, Any]) -> None:
+    def interval(each: dict[str, Any]) -> str:
+        return f"[{each['low']:+.2f}, {each['high']:+.2f}]" if each["low"] is not None else each.get("note", "")
+
     print(f"\n{title}: {result['examples']:,} held-out examples")
     for name, each in result["accuracy"].items():
-        print(f"  {name:<28} {each['estimate']:6.2f}   [{each['low']:.2f}, {each['high']:.2f}]")
+        print(f"  {name:<28} {each['estimate']:6.2f}   {interval(each)}")
     for name, each in result.items():
         if " - " in name:
-            print(f"  {name:<28} {each['estimate']:+6.2f}   [{each['low']:+.2f}, {each['high']:+.2f}]  paired")
+            print(f"  {name:<28} {each['estimate']:+6.2f}   {interval(each)}  paired")
 
 
 def record(task: str, entry: dict[str, Any]) -> None:

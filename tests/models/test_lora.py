@@ -12,30 +12,31 @@ from bigmodel_jax.learn import objectives, optim, schedules
 from bigmodel_jax.learn import state as states
 from bigmodel_jax.learn import step as steps
 from bigmodel_jax.models import MODELS
-from bigmodel_jax.models.lora import lora, sides
+from bigmodel_jax.models.lora import add, lora, sides
 from bigmodel_jax.parallel.mesh import make_mesh
 
-TARGETS = (r"attn/(q|out)$", r"mlp/in$")
+
+def encoder():
+    """Only its shapes are used: compiling a stack costs seconds (tests/test_finetune.py trains one)."""
+    return MODELS["encoder"](
+        vocab_size=20, num_layers=2, embed_dim=16, num_heads=2, max_length=8, head="classes", num_classes=3
+    )
 
 
 def plain():
-    return MODELS["encoder"](
-        vocab_size=20, num_layers=2, embed_dim=16, num_heads=2, max_length=8, head="classes", num_classes=3,
-        remat="none",
-    )
+    return MODELS["mlp"](num_features=8, num_classes=3, hidden=(16, 16))
 
 
 @pytest.fixture(scope="module")
 def model():
-    return lora(plain(), 2, 4.0, TARGETS, (r"^head/",))
+    return lora(plain(), 2, 4.0, (r"^layer1/kernel$",), (r"^head/",))
 
 
 @pytest.fixture(scope="module")
 def batch():
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, 20, (8, 8)).astype(np.int32)
-    label = (tokens[:, 0] % 3).astype(np.int32)
-    return {"tokens": tokens, "segments": np.ones_like(tokens), "label": label, "weights": np.ones(8, np.float32)}
+    features = np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32)
+    label = (features[:, 0] > 0).astype(np.int32)
+    return {"features": features, "label": label, "weights": np.ones(8, np.float32)}
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +74,7 @@ def test_the_start_is_the_base_and_the_base_never_moves(model, trained, batch):
     for path, leaf in tree.flatten(before["frozen"]).items():
         assert np.asarray(leaf).tobytes() == np.asarray(tree.flatten(after["frozen"])[path]).tobytes()
     params = tree.flatten(after["params"])
-    assert set(params) == {"head/kernel", "head/bias"} | {
-        f"lora/layers/{p}/{h}" for p in ("attn/q", "attn/out", "mlp/in") for h in "ab"
-    }
+    assert set(params) == {"head/kernel", "head/bias", "lora/layer1/kernel/a", "lora/layer1/kernel/b"}
     assert all(np.any(params[p] != leaf) for p, leaf in tree.flatten(before["params"]).items())
     slots = tree.flatten(after["opt"]["mu"])
     assert slots.keys() == params.keys() and set(tree.flatten(after["ema"])) == set(params)
@@ -86,13 +85,13 @@ def test_merged_weights_are_base_plus_scaled_product(model, trained, batch):
     variables = states.variables(after)
     merged = tree.flatten(model.whole(variables))
     params, base = tree.flatten(after["params"]), tree.flatten(after["frozen"])
-    a, b = (np.asarray(params[f"lora/layers/attn/out/{h}"], np.float64) for h in "ab")
-    assert a.shape == (2, 2, 8, 2) and b.shape == (2, 2, 16)  # [N, H, K, r], [N, r, D]
-    wanted = base["layers/attn/out"] + 4.0 / 2 * np.einsum("nhkr,nrd->nhkd", a, b)
-    np.testing.assert_allclose(merged["layers/attn/out"], wanted, atol=1e-6)
-    assert np.abs(wanted - base["layers/attn/out"]).max() > 1e-4
-    np.testing.assert_array_equal(merged["layers/attn/k"], base["layers/attn/k"])
-    inputs = {name: batch[name] for name in ("tokens", "segments")}
+    a, b = (np.asarray(params[f"lora/layer1/kernel/{h}"], np.float64) for h in "ab")
+    assert a.shape == (16, 2) and b.shape == (2, 16)
+    wanted = base["layer1/kernel"] + 4.0 / 2 * a @ b
+    np.testing.assert_allclose(merged["layer1/kernel"], wanted, atol=1e-6)
+    assert np.abs(wanted - base["layer1/kernel"]).max() > 1e-4
+    np.testing.assert_array_equal(merged["layer0/kernel"], base["layer0/kernel"])
+    inputs = {"features": batch["features"]}
 
     def logits(variables, which):
         out = which.apply(variables, train=False, **inputs)
@@ -125,7 +124,18 @@ def test_a_checkpoint_is_whole_and_starts_a_plain_model(model, trained, tmp_path
         np.testing.assert_allclose(leaf, wanted[path], atol=1e-6, err_msg=path)
 
 
-def test_layouts_place_factors_like_their_weight(model):
+def test_stacks_and_heads_are_multiplied_side_by_side():
+    rng = np.random.default_rng(0)
+    base, a, b = rng.normal(size=(2, 3, 4, 5)), rng.normal(size=(2, 3, 4, 2)), rng.normal(size=(2, 2, 5))
+    wanted = base + 0.5 * np.einsum("nhkr,nrd->nhkd", a, b)  # [N, H, K, D], an attention output
+    np.testing.assert_allclose(add(*map(jnp.asarray, (base, a, b)), 0.5), wanted, rtol=1e-5)
+    a, b = rng.normal(size=(2, 3, 2)), rng.normal(size=(2, 2, 4, 5))
+    wanted = base + 0.5 * np.einsum("ndr,nrhk->ndhk", a, b)  # [N, D, H, K], a query
+    np.testing.assert_allclose(add(*map(jnp.asarray, (base, a, b)), 0.5), wanted, rtol=1e-5)
+
+
+def test_layouts_place_factors_like_their_weight():
+    model = lora(encoder(), 2, 4.0, (r"attn/(q|out)$", r"mlp/in$"), (r"^head/",))
     mesh = make_mesh({"data": 1, "fsdp": 2, "tensor": 2}, jax.devices()[:4])
     shapes, axes = model.abstract()
     tx = optim.make(shapes["params"], lr=schedules.make("constant", 0.1, 0, 9), axes=axes["params"])
@@ -138,7 +148,7 @@ def test_layouts_place_factors_like_their_weight(model):
 
 
 def test_what_cannot_be_adapted_is_refused():
-    model = plain()
+    model = encoder()
     with pytest.raises(InputError, match="no parameter matches 'attn/query'"):
         lora(model, 2, 4.0, ("attn/query",), ())
     with pytest.raises(InputError, match="norm_attn/scale' with axes .* is not a matrix"):
