@@ -231,18 +231,23 @@ class Pair(nn.Module):
         if memory is None:
             if cache is None or "memory_states" not in cache:
                 raise InputError("a decoder needs source, memory, or a cache that was given the memory before")
-            memory = {n.removeprefix("memory_"): value for n, value in cache.items() if n.startswith("memory_")}
+            memory = {n.removeprefix("memory_"): _swapped(x) for n, x in cache.items() if n.startswith("memory_")}
         elif memory_segments is not None:
             memory = memory | {"real": (memory_segments > 0).astype(jnp.int32)}
         names = ("h", "c")[: plan.kind.states]
         states = [tuple(memory[name][:, n] for name in names) for n in range(plan.num_layers)]
         if cache is not None:
-            cache = cache | {f"memory_{name}": value for name, value in memory.items()}
+            cache = cache | {f"memory_{name}": _swapped(value) for name, value in memory.items()}
             states = held_states(plan, cache, states)
         keys = ops.fold(dropout_keys if train else None, 1)
         x, histories = self.decoder(tokens, states, memory["states"], memory["real"], keys, self._table())
         cache = None if cache is None else append(plan, cache, histories)
         return Output(x, self.head(x.shape[-1]), cache)
+
+
+def _swapped(x: jax.Array) -> jax.Array:
+    """Between rows first, as a memory has them, and rows second, as all of a cache beyond two dimensions."""
+    return jnp.swapaxes(x, 0, 1) if x.ndim > 2 else x
 
 
 def forward_flops(pair: PairPlan, source: int, target: int) -> float:

@@ -10,6 +10,7 @@ import pytest
 from bigmodel_jax import tree
 from bigmodel_jax.errors import InputError
 from bigmodel_jax.models import MODELS
+from bigmodel_jax.models import cache as caches
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 jit = functools.partial(jax.jit, compiler_options=QUICK)
@@ -106,7 +107,7 @@ def np_pair(p, name, source, tokens):
 
 @functools.cache
 def results(name):
-    """(params, full logits, cached logits, logits when padding changes, when the source does)."""
+    """(params, logits: at once, cached, of step 1 with rows exchanged, with other padding, other sources)."""
     with jax.enable_x64(True):
         model = MODELS["recurrent_seq2seq"](**SIZES, **WIDE, **KINDS[name])
         r = np.random.default_rng(1)
@@ -135,7 +136,8 @@ def results(name):
 
             _, rest = jax.lax.scan(step, first.cache, tokens[:, 1:].T)
             cached = jnp.concatenate([logits(first), rest.swapaxes(0, 1)], 1)
-            return full[:2], cached, full[2:4], full[4:]
+            _, turned = step(caches.taken(first.cache, jnp.array([1, 0]), stacked=True), tokens[::-1, 1])
+            return full[:2], cached, turned, full[2:4], full[4:]
 
         got = [np.asarray(x) for x in every(v, jnp.asarray(SOURCE), jnp.asarray(TOKENS))]
         return jax.tree.map(np.asarray, v["params"]), *got
@@ -143,11 +145,12 @@ def results(name):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_logits_equal_numpy_and_cached_decoding(name):
-    params, full, cached, padded, other = results(name)
+    params, full, cached, turned, padded, other = results(name)
     for row in (0, 1):
         expected = np_pair(params, name, SOURCE[row, : LENGTHS[row]], TOKENS[row])
         np.testing.assert_allclose(full[row], expected, atol=1e-11)
     np.testing.assert_allclose(cached, full, atol=1e-12)
+    np.testing.assert_allclose(turned[::-1], full[:, 1], atol=1e-12)  # what beams do to a cache
     np.testing.assert_allclose(padded, full, atol=1e-12)
     assert np.abs(other - full).min(-1).max() > 1e-4  # control: a changed source is seen
     short = np_pair(params, name, SOURCE[0, :4], TOKENS[0])
