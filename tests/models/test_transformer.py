@@ -11,6 +11,7 @@ from scipy.special import erf
 
 from bigmodel_jax import tree
 from bigmodel_jax.errors import InputError
+from bigmodel_jax.models import cache as caches
 from bigmodel_jax.models import decoder, encoder
 from bigmodel_jax.models.positions import alibi_slopes
 from bigmodel_jax.models.spec import REMAT
@@ -177,23 +178,27 @@ def test_decoder_equals_numpy_and_cached_decoding_equals_full(name):
     assert logits.dtype == jnp.float32 and np.abs(expected).max() > 0.5
     np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
 
-    # Prompts of 5, 9 and 12 tokens, padded on the right to 12; then one token at a time.
+    # Prompts of 5, 9 and 12 tokens, padded on the right to 12; then one token at a time, from a cache that keeps
+    # an array per layer (rings where there is a window) and, for two variants, from the stacked one as well.
     prompt = np.array([5, 9, 12], np.int32)
     padded = np.where(np.arange(12) < prompt[:, None], TOKENS[:, :12], 36)
-    first, cache = forward(model, variables, tokens=padded, cache=model.cache(3, 20, jnp.float32))
-    cache["length"] = jnp.asarray(prompt)
     atol = 1e-5 * max(1.0, float(np.abs(logits).max()))
-    for row, n in enumerate(prompt):
-        np.testing.assert_allclose(first[row, :n], logits[row, :n], atol=atol)
-    step = jax.jit(lambda v, c, t: model.apply(v, train=False, cache=c, tokens=t))
-    for i in range(6):
-        at = prompt + i
-        out = step(variables, cache, TOKENS[np.arange(3), at][:, None])
-        cache = out.cache
-        np.testing.assert_allclose(out.head(out.hidden)[:, 0], logits[np.arange(3), at], atol=atol)
-    np.testing.assert_array_equal(cache["length"], prompt + 6)
-    wrong = step(variables, cache | {"length": cache["length"] * 0}, TOKENS[:, 5:6])
-    assert np.abs(wrong.head(wrong.hidden)[:, 0] - logits[:, 5]).max() > 100 * atol
+    for slots in (12, 20) if name in ("llama", "gemma") else (12,):
+        first, cache = forward(model, variables, tokens=padded, cache=model.cache(3, slots, jnp.float32))
+        for row, n in enumerate(prompt):
+            np.testing.assert_allclose(first[row, :n], logits[row, :n], atol=atol)
+        if slots == 12:
+            cache = caches.opened(cache, jnp.asarray(prompt), 18, model.windows)
+        cache["length"] = jnp.asarray(prompt)
+        step = jax.jit(lambda v, c, t: model.apply(v, train=False, cache=c, tokens=t))
+        for i in range(6):
+            at = prompt + i
+            out = step(variables, cache, TOKENS[np.arange(3), at][:, None])
+            cache = out.cache
+            np.testing.assert_allclose(out.head(out.hidden)[:, 0], logits[np.arange(3), at], atol=atol)
+        np.testing.assert_array_equal(cache["length"], prompt + 6)
+        wrong = step(variables, cache | {"length": cache["length"] * 0}, TOKENS[:, 5:6])
+        assert np.abs(wrong.head(wrong.hidden)[:, 0] - logits[:, 5]).max() > 100 * atol
 
 
 @pytest.mark.parametrize(("base", "window"), [(BERT, 4), (ALBERT, 0)])
