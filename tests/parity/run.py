@@ -162,11 +162,12 @@ def gradient_difference(opened: Any, model: Any, gradients: Any, work: Path) -> 
             p.copy_(torch.zeros_like(p) if mine.grad is None else mine.grad)
     shadow.save_pretrained(work / "gradients")
     theirs, flat = st.open_tensors(work / "gradients"), tree.flatten(gradients)
+    constant = {name for name, _ in model.named_buffers()}  # BART's bias of the logits, a parameter of ours
     flat |= {path: np.zeros(x.shape) for path, x in opened.plan.shapes.items() if path.startswith("stats/")}
     whole = np.sqrt(sum(float(np.sum(np.square(np.asarray(x, np.float64)))) for x in flat.values()))
     found, prefix = [], FAMILIES[opened.origin.model_type].prefix  # which a file of the bare model lacks
     for name in opened.plan.foreign:
-        if any(path.startswith("stats/") for path in opened.plan.owner[name][0].paths):
+        if any(path.startswith("stats/") for path in opened.plan.owner[name][0].paths) or name in constant:
             continue
         if name in dict(model.named_buffers()):
             continue  # not trained there (BART's bias of the logits)
@@ -235,7 +236,7 @@ def check(name: str) -> dict[str, Any]:
         written = fresh(case, str(work / "theirs"), work)
         loaded, report = type(model).from_pretrained(written, attn_implementation="eager", output_loading_info=True)
         if hasattr(model.config, "pad_token_id"):
-            loaded.config.pad_token_id = getattr(model.config, "pad_token_id", None)  # a tokenizer's, and there is none here
+            loaded.config.pad_token_id = model.config.pad_token_id  # a tokenizer's, and there is none here
         back = compare(case, loaded.float().eval(), written, work)
         unread = sorted({*report["missing_keys"], *report["unexpected_keys"]})
     ok = (
