@@ -26,9 +26,9 @@ from bigmodel_jax.models.block import Context, norm, weight
 from bigmodel_jax.models.heads import Head
 from bigmodel_jax.models.masks import Mask
 from bigmodel_jax.models.model import Model, Output
-from bigmodel_jax.models.positions import relative_buckets, rotary_table
+from bigmodel_jax.models.positions import relative_buckets
 from bigmodel_jax.models.spec import Spec, taking
-from bigmodel_jax.models.transformer import Embed, run_layers
+from bigmodel_jax.models.transformer import Embed, ropes, run_layers
 from bigmodel_jax.parallel.rules import constrain
 
 
@@ -73,6 +73,8 @@ class PairSpec(Spec):
             raise InputError(f"head='{self.head}': an encoder-decoder has the heads lm and none")
         if self.num_experts or self.shared_layers or self.layer_pattern:
             raise InputError("num_experts, shared_layers and layer_pattern are options of decoder and encoder alone")
+        if self.token_dim != self.embed_dim:
+            raise InputError(f"token_dim={self.token_dim}: an encoder-decoder's table is as wide as embed_dim")
         if self.residual == "parallel":
             raise InputError("residual='parallel' has no form with cross-attention; residual: sequential")
         if self.relative_buckets and (self.positions != "none" or self.relative_buckets < 4):
@@ -134,14 +136,14 @@ class Side(nn.Module):
         x, table = Embed(spec, name="embed")(tokens, positions, plain, None, table)
         x = ops.dropout(x, ops.fold(keys, spec.num_layers), spec.embed_dropout)
         x = constrain(x, ("batch", "length", "embed_act"))
-        mask = Mask(causal=spec.causal, window=spec.window, segments_q=segments, offset=length)
-        rope = bias = None
-        if spec.positions == "rotary":
-            rope = rotary_table(positions, spec.rotary_dim, spec.rope_theta, ops.wide(x.dtype))
+        window = spec.window if any(spec.local) else 0
+        mask = Mask(causal=spec.causal, window=window, segments_q=segments, offset=length)
+        bias = None
+        rope, local_rope = ropes(spec, positions, ops.wide(x.dtype))
         if spec.relative_buckets:
             keys_seen = tokens.shape[1] if cache is None else caches.slots(cache)
             bias = Relative(spec, name="relative")(mask, tokens.shape[1], keys_seen)
-        context = Context(mask, rope, keys, length, bias, memory, memory_mask)
+        context = Context(mask, rope, keys, length, bias, memory, memory_mask, local_rope)
         (x, held), _ = run_layers(self, x, cache, context, blocks)
         if spec.norm_placement != "post":
             x = norm(spec, "norm_final", x)

@@ -45,7 +45,8 @@ class Embed(nn.Module):
         if table is None:
             table = weight(self, "tokens", (spec.vocab_size, dim), ("vocab", "embed"), dim, spec)
         # Read in slices over fsdp, the rows would come out cut by feature, not by batch.
-        x = constrain(ops.lookup(constrain(table, ("vocab_act", "embed_act")), tokens), ("batch", "length", "embed_act"))
+        x = ops.lookup(constrain(table, ("vocab_act", "embed_act")), tokens)
+        x = constrain(x, ("batch", "length", "embed_act"))
         if spec.embed_scale != 1.0:
             x = x * jnp.asarray(spec.embed_scale, x.dtype)
         if dim != spec.embed_dim and spec.causal:
