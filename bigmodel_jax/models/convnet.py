@@ -23,7 +23,7 @@ from bigmodel_jax import flops
 from bigmodel_jax.errors import InputError
 from bigmodel_jax.models import layers as ops
 from bigmodel_jax.models.conv import conv, pool
-from bigmodel_jax.models.mlp import ACTIVATIONS, Affine, affine
+from bigmodel_jax.models.mlp import ACTIVATIONS, WHOLE, Affine, affine
 from bigmodel_jax.models.model import Model, Output
 from bigmodel_jax.models.spec import DTYPES
 from bigmodel_jax.parallel.rules import constrain
@@ -146,13 +146,13 @@ class ConvNet(nn.Module):
         x = constrain(image.astype(plan.dtype), IMAGE)
         for n, stage in enumerate(form.stages):
             x = constrain(Convolution(plan, stage, name=f"conv{n}")(x), IMAGE)
-        x = x.reshape(x.shape[0], -1)
+        x = constrain(x.reshape(x.shape[0], -1), WHOLE)
         keys = dropout_keys if train else None
         gain = 2.0 if form.activation == "relu" else 1.0
         for n, size in enumerate(form.hidden):
             x = ops.dropout(x, ops.fold(keys, n), form.dropout)
             w = Affine(size, "mlp", gain, dtype=plan.dtype, param_dtype=plan.param_dtype, name=f"layer{n}")(x.shape[-1])
-            x = constrain(ACTIVATIONS[form.activation](x @ w["kernel"] + w["bias"]), ("batch", "mlp"))
+            x = constrain(ACTIVATIONS[form.activation](x @ w["kernel"] + w["bias"]), WHOLE)
         head = Affine(plan.num_classes, "classes", dtype=plan.dtype, param_dtype=plan.param_dtype, name="head")
         return Output(x, jax.tree_util.Partial(affine, head(x.shape[-1])))
 

@@ -25,6 +25,10 @@ from bigmodel_jax.models.model import Model, Output
 from bigmodel_jax.models.spec import DTYPES
 from bigmodel_jax.parallel.rules import constrain
 
+# Features of a row stay together: left to itself, XLA's partitioner (jax 0.10.2 on CPU) cuts them over "tensor", and
+# with the batch cut over two axes as well the gradients are wrong (as in parallel/rules.py); tests/invariants found it.
+WHOLE = ("batch", "embed_act")
+
 # Pointwise functions; the gated ones of layers.ACTIVATIONS need two matrices.
 ACTIVATIONS = {"tanh": jnp.tanh, "sigmoid": jax.nn.sigmoid, "identity": lambda x: x} | {
     name: fn for name, (fn, gated) in ops.ACTIVATIONS.items() if not gated
@@ -110,7 +114,7 @@ class MLP(nn.Module):
         for n, size in enumerate(plan.hidden):
             w = Affine(size, "mlp", gain, dtype=plan.dtype, param_dtype=plan.param_dtype, name=f"layer{n}")(x.shape[-1])
             x = ACTIVATIONS[plan.activation](x @ w["kernel"] + w["bias"])
-            x = ops.dropout(constrain(x, ("batch", "mlp")), ops.fold(keys, n), plan.dropout)
+            x = ops.dropout(constrain(x, WHOLE), ops.fold(keys, n), plan.dropout)
         last = 0.0 if plan.zero_init else 1.0
         head = Affine(plan.num_classes, "classes", last, plan.bias, plan.dtype, plan.param_dtype, name="head")
         return Output(x, jax.tree_util.Partial(affine, head(x.shape[-1])))

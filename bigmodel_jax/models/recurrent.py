@@ -174,7 +174,8 @@ class Embed(nn.Module):
         init = nn.with_partitioning(ops.initializer("fan_in", 0.0, plan.embed_dim), ("vocab", "embed"))
         shape = (plan.vocab_size, plan.embed_dim)
         table = self.param("tokens", init, shape, jnp.dtype(plan.param_dtype)).astype(plan.dtype)
-        return constrain(ops.lookup(table, tokens), HIDDEN), table
+        # Read in slices over fsdp, the rows would come out cut by feature, not by batch.
+        return constrain(ops.lookup(constrain(table, ("vocab_act", "embed_act")), tokens), HIDDEN), table
 
 
 @dataclass(frozen=True)

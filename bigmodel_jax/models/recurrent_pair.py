@@ -114,14 +114,14 @@ class Attention(nn.Module):
         keys = memory
         if additive:
             keys = ops.project("bse,ea->bsa", memory, dense(self, "key", (outputs, hidden), ("embed", "mlp"), plan))
-            score = vector(self, "score_bias", 1, None, plan), dense(self, "score", (hidden, 1), ("mlp", None), plan)
+            score = dense(self, "score", (hidden, 1), ("mlp", None), plan)[:, 0]
         seen = (segments > 0)[:, None]
 
         def read(states: jax.Array) -> jax.Array:
             """Context [B, L, E] of states [B, L, H]."""
             q = jnp.einsum("blh,ha->bla", states.astype(plan.dtype), query)
             if additive:
-                e = jnp.einsum("blsa,a->bls", jnp.tanh(q[:, :, None] + keys[:, None]), score[1][:, 0]) + score[0]
+                e = jnp.einsum("blsa,a->bls", jnp.tanh(q[:, :, None] + keys[:, None]), score)
             else:
                 e = jnp.einsum("bla,bsa->bls", q, keys)
             e = e.astype(ops.wide(e.dtype))

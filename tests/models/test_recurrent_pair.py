@@ -79,7 +79,7 @@ def np_pair(p, name, source, tokens):
 
     def read(h):
         if name == "additive":
-            e = np.tanh(h @ at["query"] + memory @ at["key"]) @ at["score"][:, 0] + at["score_bias"]
+            e = np.tanh(h @ at["query"] + memory @ at["key"]) @ at["score"][:, 0]
         else:
             e = memory @ (h @ at["query"])
         weight = np.exp(e - e.max())
