@@ -88,7 +88,7 @@ def generate_from_run(args: argparse.Namespace, overrides: Sequence[str]) -> lis
         return converse(speaker, input)
     prompts = args.prompt or [""]
     if args.stream:
-        return [say(speaker, speaker.inputs([text]), args.seed, "" if speaker.paired else text) for text in prompts]
+        return [say(speaker, speaker.inputs([text]), args.seed, "" if speaker.paired else text)[0] for text in prompts]
     texts = []
     for prompt, (text, row) in zip(prompts, speaker.whole(prompts), strict=True):
         if args.json:
@@ -101,32 +101,32 @@ def generate_from_run(args: argparse.Namespace, overrides: Sequence[str]) -> lis
 
 def say(
     speaker: Speaker, inputs: dict[str, Any], seed: int, before: str = "", stopped: Callable[[], bool] = lambda: False
-) -> str:
-    """Show one answer as it comes, behind `before`; returns its text, as far as it came.
+) -> tuple[str, list[int]]:
+    """Show one answer as it comes, behind `before`; returns its text and tokens, as far as they came.
 
     stopped: asked between pieces; True ends the answer.
     """
     write(before)
     shown = ""
     for (reader,), (row,), final in speaker.stream(inputs, seed, continued=bool(before)):
+        final = final or stopped()
         new = reader.fresh(row.tokens, final)
         write(new)
         shown += new
-        if stopped():
+        if final:
             break
     write("\n")
-    return shown
+    return shown, list(row.tokens)
 
 
 def converse(speaker: Speaker, ask: Callable[[str], str]) -> list[str]:
     """Questions and answers until the input ends. Returns the answers.
 
-    With the tokenizer's chat template where it has one; else each line continues the text so far.
+    With the tokenizer's chat template where it has one; else each line continues the text so far. What no
+    longer fits into the model's positions is forgotten, the oldest first.
     """
-    template = getattr(speaker.tokenizer, "chat_template", "") and not speaker.paired
-    chat = Chat(speaker.tokenizer) if template else None
-    messages: list[dict[str, str]] = []
-    text, answers = "", []
+    memory = Conversation(speaker)
+    answers: list[str] = []
     while True:
         try:
             line = ask("> ")
@@ -136,17 +136,41 @@ def converse(speaker: Speaker, ask: Callable[[str], str]) -> list[str]:
         except KeyboardInterrupt:
             write("\n")
             continue
-        if chat:
-            messages.append({"role": "user", "content": line})
-            inputs = {"prompts": [chat.prompt(messages)]}
-        else:
-            text += line
-            inputs = speaker.inputs([line if speaker.paired else text])
         with _interrupts() as stopped:
-            answer = say(speaker, inputs, speaker.args.seed + len(answers), stopped=stopped)
-        messages.append({"role": "assistant", "content": answer})
-        text += answer
-        answers.append(answer)
+            text, tokens = say(speaker, memory.asked(line), speaker.args.seed + len(answers), stopped=stopped)
+        memory.answered(text, tokens)
+        answers.append(text)
+
+
+class Conversation:
+    """What was said so far, as the model's next input."""
+
+    def __init__(self, speaker: Speaker):
+        self.speaker = speaker
+        chats = getattr(speaker.tokenizer, "chat_template", "") and not speaker.paired
+        self.chat = Chat(speaker.tokenizer) if chats else None
+        self.messages: list[dict[str, str]] = []
+        self.ids: list[int] = []
+        longest = speaker.generator.longest()
+        self.room = max(1, longest - speaker.args.length) if longest else 0
+
+    def asked(self, line: str) -> dict[str, Any]:
+        """Inputs for the answer to one more line."""
+        tokenizer = self.speaker.tokenizer
+        if self.speaker.paired:
+            return self.speaker.inputs([line])
+        if self.chat is None:
+            self.ids += tokenizer.encode(line).tolist() if self.ids else tokenizer.prompt(line)
+            return {"prompts": [self.ids[-self.room :]]}
+        self.messages.append({"role": "user", "content": line})
+        while self.room and len(self.messages) > 1 and len(self.chat.prompt(self.messages)) > self.room:
+            del self.messages[:2]
+        return {"prompts": [self.chat.prompt(self.messages)]}
+
+    def answered(self, text: str, tokens: Sequence[int]) -> None:
+        """Keep an answer."""
+        self.messages.append({"role": "assistant", "content": text})
+        self.ids += tokens
 
 
 class _interrupts:

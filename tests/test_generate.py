@@ -1,6 +1,8 @@
-"""Sampling filters against numpy, and greedy decoding against the full forward pass."""
+"""Sampling against closed forms, decoding against the full forward pass, beams against every sequence there is."""
 
 from __future__ import annotations
+
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +10,15 @@ import numpy as np
 import pytest
 
 from bigmodel_jax.errors import InputError
-from bigmodel_jax.generate import Sampling, choose, filter_logits, generate
+from bigmodel_jax.generate import Generator, Sampling, beam_search, choose, filter_logits, generate, generator
+from bigmodel_jax.generate.sampling import penalise
 from bigmodel_jax.models import MODELS
+from bigmodel_jax.parallel import rules
+from bigmodel_jax.parallel.mesh import make_mesh
+
+GREEDY = Sampling(temperature=0.0)
+PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6], [5, 3, 5]]
+KEY = jax.random.key(1)
 
 
 def nucleus(logits: np.ndarray, p: float) -> set[int]:
@@ -23,60 +32,167 @@ def nucleus(logits: np.ndarray, p: float) -> set[int]:
 
 def test_filters_keep_what_numpy_keeps():
     logits = np.random.default_rng(0).normal(size=(5, 40)).astype(np.float32) * 2
-    for p in (0.1, 0.5, 0.9, 0.99):
-        kept = np.asarray(filter_logits(jnp.asarray(logits), top_p=p)) > -1e29
-        assert [set(np.flatnonzero(row).tolist()) for row in kept] == [nucleus(row, p) for row in logits]
-    kept = np.asarray(filter_logits(jnp.asarray(logits), top_k=7)) > -1e29
-    assert [set(np.flatnonzero(row)) for row in kept] == [set(np.argsort(-row)[:7]) for row in logits]
+
+    def kept(**options):
+        return [set(np.flatnonzero(row)) for row in np.asarray(filter_logits(jnp.asarray(logits), **options)) > -1e29]
+
+    for p in (1e-9, 0.5, 0.99):
+        assert kept(top_p=p) == [nucleus(row, p) for row in logits]
+    assert kept(top_k=7) == [set(np.argsort(-row)[:7]) for row in logits]
+    assert kept(top_k=7, top_p=0.5) != kept(top_p=0.5)
+    share = np.exp(logits - logits.max(-1, keepdims=True))
+    assert kept(min_p=0.1) == [set(np.flatnonzero(row >= 0.1)) for row in share]
+    assert kept(min_p=1.0) == [{row.argmax()} for row in logits]
     np.testing.assert_allclose(filter_logits(jnp.asarray(logits), temperature=0.5), logits * 2, rtol=1e-6)
 
 
+def test_repetition_penalty_makes_seen_tokens_less_likely():
+    logits = jnp.asarray([[2.0, -1.0, 0.5, -3.0]])
+    seen = jnp.asarray([[True, True, False, False]])
+    np.testing.assert_allclose(penalise(logits, seen, 2.0), [[1.0, -2.0, 0.5, -3.0]])
+    strong = Sampling(temperature=0.0, repetition_penalty=8.0)
+    assert choose(logits, KEY[None], strong, seen).tolist() == [2]
+
+
 def test_sampling_has_the_filtered_distribution():
-    logits = jnp.asarray([[2.0, 1.0, 0.0, -1.0]])
-    keys = jax.random.split(jax.random.key(0), 4000)
-    drawn = np.asarray(jax.vmap(lambda key: choose(logits, key[None], Sampling(1.0, 2))[0])(keys))
+    logits = jnp.broadcast_to(jnp.asarray([2.0, 1.0, 0.0, -1.0]), (4000, 4))
+    drawn = np.asarray(choose(logits, jax.random.split(jax.random.key(0), 4000), Sampling(top_k=2)))
     share = 1 / (1 + np.exp(-1.0))
     assert set(drawn.tolist()) == {0, 1}
     assert abs((drawn == 0).mean() - share) < 4 * np.sqrt(share * (1 - share) / 4000)
 
 
+@pytest.mark.parametrize("wrong", [{"top_p": 0.0}, {"min_p": 1.5}, {"temperature": -1.0}, {"repetition_penalty": 0.0}])
+def test_values_out_of_range_are_named(wrong):
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        Sampling(**wrong)
+
+
 @pytest.fixture(scope="module")
 def decoder():
-    model = MODELS["decoder"](vocab_size=31, num_layers=2, embed_dim=16, num_heads=2, max_length=32, positions="rotary")
-    variables = model.init(jax.random.key(0))
-    # Larger weights than at the start of training, so that the argmax is not one token for all.
-    return model, {**variables, "params": jax.tree.map(lambda x: x * 8, variables["params"])}
+    """(model, variables, jitted logits of the full pass)."""
+    model = MODELS["decoder"](
+        vocab_size=16, num_layers=1, embed_dim=16, num_heads=4, num_kv_heads=2, max_length=32, positions="rotary",
+        window=6, attention="reference", init_std=1.0,
+    )  # fmt: skip
+    variables = jax.jit(model.init)(jax.random.key(0))
+
+    @jax.jit
+    def logits(tokens):
+        out = model.apply(variables, tokens=tokens, train=False)
+        return jax.nn.log_softmax(out.head(out.hidden))
+
+    return model, variables, logits
 
 
-def test_greedy_decoding_is_the_argmax_of_the_full_forward(decoder):
-    model, variables = decoder
-    prompts = [[3, 1, 4, 1, 5], [9, 2], [6]]
-    rows = generate(model, variables, prompts, length=6, key=jax.random.key(1), temperature=0.0)
-    for prompt, new in zip(prompts, rows, strict=True):
-        tokens = list(prompt)
-        for expected in new:
-            padded = np.zeros((1, 16), np.int32)
-            padded[0, : len(tokens)] = tokens
-            out = model.apply(variables, tokens=padded, train=False)
-            tokens.append(int(jnp.argmax(out.head(out.hidden[0, len(tokens) - 1]))))
-            assert tokens[-1] == expected
-    alone = generate(model, variables, prompts[1:2], length=6, key=jax.random.key(1), temperature=0.0)
-    np.testing.assert_array_equal(alone[0], rows[1])
+@pytest.fixture(scope="module")
+def alone(decoder):
+    """Greedy continuations of PROMPTS, 9 tokens each, on one device."""
+    model, variables, _ = decoder
+    return Generator(model, variables)(PROMPTS, length=9, key=KEY, sampling=GREEDY)
 
 
-def test_seeds_reproduce_and_eos_ends(decoder):
-    model, variables = decoder
-    draw = lambda seed, **kw: generate(model, variables, [[1, 2]], length=12, key=jax.random.key(seed), **kw)[0]  # noqa: E731
-    np.testing.assert_array_equal(draw(0), draw(0))
-    assert draw(0).tolist() != draw(1).tolist()
-    first = draw(0).tolist()
-    assert draw(0, eos=first[3]).tolist() == first[: first.index(first[3])]
+def test_greedy_decoding_is_the_argmax_of_the_full_forward(decoder, alone):
+    model, variables, logits = decoder
+    whole = np.zeros((4, 16), np.int32)
+    for row, prompt, found in zip(whole, PROMPTS, alone, strict=True):
+        assert len(found.tokens) == 9 and found.reason == "length"
+        row[: len(prompt) + 9] = prompt + found.tokens
+    logp = np.asarray(logits(whole))
+    for number, (prompt, found) in enumerate(zip(PROMPTS, alone, strict=True)):
+        at = np.arange(len(prompt) - 1, len(prompt) + 8)
+        assert found.tokens == logp[number, at].argmax(-1).tolist()
+        np.testing.assert_allclose(found.logprobs, logp[number, at, found.tokens], atol=1e-5)
+    assert len({tuple(found.tokens) for found in alone}) > 1
+    one = generate(model, variables, PROMPTS[1:2], length=9, key=KEY, temperature=0.0)
+    assert one[0].tolist() == alone[1].tokens
+
+
+def test_a_mesh_generates_the_same_tokens(decoder, alone):
+    model, variables, _ = decoder
+    mesh = make_mesh({"fsdp": 2, "tensor": 2}, jax.devices()[:4])
+    shapes, axes = model.abstract()
+    spread = jax.device_put(variables, rules.shardings(axes, shapes, mesh))
+    assert any(len(set(leaf.sharding.shard_shape(leaf.shape)) - set(leaf.shape)) for leaf in jax.tree.leaves(spread))
+    found = Generator(model, spread, mesh=mesh)(PROMPTS, length=9, key=KEY, sampling=GREEDY)
+    assert [row.tokens for row in found] == [row.tokens for row in alone]
+    for row, other in zip(found, alone, strict=True):
+        np.testing.assert_allclose(row.logprobs, other.logprobs, atol=1e-5)
+
+
+def test_a_row_draws_by_its_own_key(decoder):
+    """The same for any neighbours, order and size of piece; another key, another text. A cache that grows
+    on the way changes nothing."""
+    model, variables, _ = decoder
+    ready, sampling = Generator(model, variables), Sampling(repetition_penalty=1.2, top_p=0.95)
+    keys = jax.random.split(jax.random.key(7), 4)
+
+    def draw(order, keys=keys, **options):
+        prompts = [PROMPTS[n] for n in order]
+        found = ready(prompts, length=9, key=keys[np.array(order)], sampling=sampling, **options)
+        return {n: row.tokens for n, row in zip(order, found, strict=True)}
+
+    first = draw([0, 1, 2, 3])
+    assert draw([3, 1, 0, 2]) == first
+    assert draw([0, 1, 2, 3], keys=jax.random.split(jax.random.key(8), 4)) != first
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generator, "ROOM", 4)
+        assert draw([0, 1, 2, 3], piece=3) == first
+
+
+def test_rows_end_at_eos_or_where_the_caller_says(decoder, alone):
+    model, variables, _ = decoder
+    end = alone[0].tokens[4]
+    ready = Generator(model, variables, eos=(end,), pad=0)
+    found = ready(PROMPTS, length=9, key=KEY, sampling=GREEDY, piece=9, ended=lambda row, tokens: row == 1)
+    for row, whole in zip(found, alone, strict=True):
+        place = whole.tokens.index(end) if end in whole.tokens else 9
+        assert row.tokens == whole.tokens[: 1 if row is found[1] else place]
+        assert row.reason == ("stop" if row is found[1] else "eos" if place < 9 else "length")
+
+
+def test_beams_find_the_best_of_all_sequences():
+    """With a beam for every prefix the search is exact, for every length penalty; with one it is greedy."""
+    vocab, length, eos = 4, 3, 0
+    model = MODELS["decoder"](
+        vocab_size=vocab, num_layers=1, embed_dim=8, num_heads=1, max_length=8, attention="reference", init_std=1.0,
+        head_bias=True,
+    )  # fmt: skip
+    variables = jax.jit(model.init)(jax.random.key(3))
+    variables["params"]["head"]["bias"] = jnp.zeros(vocab).at[eos].set(2.0)
+    every = np.array(list(itertools.product(range(vocab), repeat=length)), np.int32)
+    tokens = np.concatenate([np.full((len(every), 1), 2, np.int32), every], 1)
+    out = jax.jit(lambda t: model.apply(variables, tokens=t, train=False))(tokens)
+    logp = np.asarray(jax.nn.log_softmax(out.head(out.hidden)))[:, :-1]
+    logp = np.take_along_axis(logp, every[..., None], -1)[..., 0]
+
+    def best(penalty, count):
+        scored = {}
+        for sequence, parts in zip(every.tolist(), logp, strict=True):
+            n = sequence.index(eos) + 1 if eos in sequence else length
+            scored[tuple(sequence[:n])] = parts[:n].sum() / n**penalty
+        return sorted(scored.items(), key=lambda item: -item[1])[:count]
+
+    ready = Generator(model, variables, eos=(eos,))
+    for penalty in (0.0, 2.0):
+        (found,) = beam_search(ready, [[2]], length=length, beams=vocab**2, length_penalty=penalty)
+        for row, (sequence, score) in zip(found, best(penalty, 8), strict=False):
+            assert (*row.tokens, *[eos] * (row.reason == "eos")) == sequence
+            assert abs(row.score - score) < 1e-4
+    assert [sequence for sequence, _ in best(0.0, 8)] != [sequence for sequence, _ in best(2.0, 8)]
+    (greedy,) = ready([[2]], length=length, key=KEY, sampling=GREEDY)
+    ((one,),) = beam_search(ready, [[2]], length=length, beams=1)
+    assert one.tokens == greedy.tokens
+    np.testing.assert_allclose(one.logprobs, greedy.logprobs, atol=1e-5)
 
 
 def test_what_cannot_generate_says_so(decoder):
-    model, variables = decoder
+    model, variables, _ = decoder
     with pytest.raises(InputError, match="at least one token"):
-        generate(model, variables, [[]], length=3, key=jax.random.key(0))
+        generate(model, variables, [[]], length=3, key=KEY)
     encoder = MODELS["encoder"](vocab_size=31, num_layers=1, embed_dim=16, num_heads=2)
     with pytest.raises(InputError, match="needs a decoder"):
-        generate(encoder, {}, [[1]], length=3, key=jax.random.key(0))
+        generate(encoder, {}, [[1]], length=3, key=KEY)
+    learned = MODELS["decoder"](vocab_size=31, num_layers=1, embed_dim=16, num_heads=2, max_length=8)
+    with pytest.raises(InputError, match="ask for at most 5"):
+        generate(learned, {}, [[1, 2, 3]], length=6, key=KEY)

@@ -46,8 +46,8 @@ def beam_search(
             model=generator.model, beams=beams, capacity=int(lengths.max()) + length, int8=generator.int8,
         )  # fmt: skip
         found = _search(
-            generator.laid(), start, cache, model=generator.model, beams=beams, length=length,
-            penalty=float(length_penalty), eos=generator.eos,
+            generator.laid(), start, cache, np.float32(length_penalty),
+            model=generator.model, beams=beams, length=length, eos=generator.eos,
         )  # fmt: skip
     return _rows(*map(np.asarray, found))
 
@@ -76,12 +76,12 @@ def _prefill(variables, tokens, lengths, inputs, *, model: Model, beams: int, ca
     return jax.nn.log_softmax(logits, axis=-1), caches.taken(cache, rows, stacked=not caches.is_open(cache))
 
 
-def _worth(score: jax.Array, n: Any, penalty: float) -> jax.Array:
-    return score / jnp.asarray(n, score.dtype) ** penalty
+def _worth(score: jax.Array, n: Any, penalty: jax.Array) -> jax.Array:
+    return score / (jnp.asarray(n, score.dtype) ** penalty).astype(score.dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "beams", "length", "penalty", "eos"))
-def _search(variables, start, cache, *, model: Model, beams: int, length: int, penalty: float, eos: tuple[int, ...]):
+@functools.partial(jax.jit, static_argnames=("model", "beams", "length", "eos"))
+def _search(variables, start, cache, penalty, *, model: Model, beams: int, length: int, eos: tuple[int, ...]):
     """(tokens, their log-probabilities [B, W, T]; sizes, scores, whether eos ended it [B, W]), best first."""
     batch, vocab = start.shape
     ends = jnp.zeros((vocab,), bool).at[np.array(eos, np.int32)].set(True) if eos else jnp.zeros((vocab,), bool)
@@ -116,7 +116,7 @@ def _search(variables, start, cache, *, model: Model, beams: int, length: int, p
 
     def promising(n, live, done):
         """Whether some beam can still enter the best: its score only falls, its length counts at best."""
-        best = _worth(jnp.max(live["score"], 1), length if penalty > 0 else n, penalty)
+        best = _worth(jnp.max(live["score"], 1), jnp.where(penalty > 0, length, n), penalty)
         return jnp.any((best > jnp.min(done["score"], 1)) & (jnp.max(live["score"], 1) > NEVER / 2))
 
     def step(carry):

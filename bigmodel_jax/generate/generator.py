@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bigmodel_jax.errors import InputError
@@ -51,7 +52,8 @@ class Generator:
             raise InputError("generation needs a decoder; this model keeps no key-value cache")
         if int8 and not model.blocks:
             raise InputError("an int8 cache needs keys and values; this model's cache holds something else")
-        self.model, self.variables, self.mesh, self.int8 = model, variables, mesh, int8
+        self.model, self.mesh, self.int8 = model, mesh, int8
+        self.variables = jax.tree.map(jnp.asarray, variables)
         self.eos, self.pad = tuple(int(end) for end in eos if end >= 0), int(pad)
         self._laid: Any = None
 
@@ -62,6 +64,11 @@ class Generator:
             self._laid = self.variables if spread else decoding.lay_out(self.model, self.variables)
         return self._laid
 
+    def longest(self) -> int:
+        """Tokens that prompt and continuation may have together; 0 for no limit."""
+        spec = getattr(self.model.module, "spec", None)
+        return spec.max_length if getattr(spec, "positions", "") == "learned" else 0
+
     def prepare(
         self, prompts: Sequence[Sequence[int]], length: int, sources: Sequence[Sequence[int]] | None
     ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
@@ -69,8 +76,7 @@ class Generator:
         if not prompts or any(len(prompt) == 0 for prompt in prompts):
             raise InputError("generation needs at least one token of prompt, for example the eos token")
         tokens, lengths = _padded(prompts, self.pad)
-        spec = getattr(self.model.module, "spec", None)
-        longest = getattr(spec, "max_length", 0) if getattr(spec, "positions", "") == "learned" else 0
+        longest = self.longest()
         if longest and lengths.max() + length > longest:
             room = longest - int(lengths.max())
             raise InputError(

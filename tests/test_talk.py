@@ -1,0 +1,107 @@
+"""What a person sees: text that comes in pieces, stop strings across tokens, a conversation in the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from bigmodel_jax import talk
+from bigmodel_jax.data.tokenizer import Bytes
+from bigmodel_jax.generate import Generator, Sampling
+from bigmodel_jax.generate.text import Reader, cut, settled
+from bigmodel_jax.models import MODELS
+
+
+def test_stop_strings_end_at_the_first_of_them():
+    assert cut("one two three", ["three", "two"]) == ("one ", True)
+    assert cut("one", ["two", ""]) == ("one", False)
+    assert settled("one tw", ["two"]) == "one " and settled("one tow", ["two"]) == "one tow"
+
+
+def test_text_comes_in_pieces_without_half_characters_or_half_stops():
+    tokens = list("naïve END of it".encode())  # one token per byte: ï and the stop string span several
+    reader, shown = Reader(Bytes(), ["END"]), []
+    for size in range(1, len(tokens) + 1):
+        shown.append(reader.fresh(tokens[:size], final=size == len(tokens)))
+    assert "".join(shown) == "naïve " and "ï" in shown
+    assert [reader.ended(tokens[:size]) for size in (8, 9, 10)] == [False, False, True]
+    plain = Reader(Bytes())
+    assert plain.fresh(tokens[:3], final=False) == "na" and plain.fresh(tokens[:3], final=True) == "\ufffd"
+
+
+@pytest.fixture(scope="module")
+def speaker():
+    """A model of bytes that says the same for the same seed and text."""
+    model = MODELS["decoder"](
+        vocab_size=259, num_layers=1, embed_dim=16, num_heads=2, max_length=17, attention="reference",
+        tied_embeddings=False,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(lambda leaf: rng.normal(0, 0.4, leaf.shape).astype(np.float32), model.abstract()[0])
+    out = talk.Speaker.__new__(talk.Speaker)
+    out.args = argparse.Namespace(
+        length=9, stop=[], stream=True, interactive=True, seed=0, beams=0, length_penalty=1.0, json=False
+    )
+    out.tokenizer, out.paired, out.sampling = Bytes(), False, Sampling(top_k=5)
+    out.generator = Generator(model, variables, eos=(256,), pad=257)
+    return out
+
+
+def asked(*lines):
+    """What the terminal gives: lines, exceptions, then the end."""
+    left = list(lines)
+
+    def ask(prompt: str) -> str:
+        line = left.pop(0) if left else EOFError()
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    return ask
+
+
+def test_a_conversation_continues_until_the_input_ends(speaker, capsys):
+    answers = talk.converse(speaker, asked("ab", KeyboardInterrupt(), "cd"))
+    assert capsys.readouterr().out == f"{answers[0]}\n\n{answers[1]}\n\n"
+    assert talk.converse(speaker, asked("ab", "cd")) == answers
+
+
+def test_what_was_said_is_the_next_prompt_and_the_oldest_is_forgotten(speaker):
+    memory = talk.Conversation(speaker)
+    assert memory.asked("ab") == {"prompts": [[256, *b"ab"]]}
+    memory.answered("x", [120])
+    assert memory.asked("cd") == {"prompts": [[256, *b"abxcd"]]}
+    assert memory.asked("12345")["prompts"] == [list(b"xcd12345")]  # 17 positions, 9 of them for the answer
+
+
+def test_a_chat_template_frames_every_turn(speaker, monkeypatch):
+    template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"
+    template += "{% if add_generation_prompt %}a:{% endif %}"
+    monkeypatch.setattr(speaker.tokenizer, "chat_template", template)
+    memory = talk.Conversation(speaker)
+    assert bytes(memory.asked("hi")["prompts"][0]) == b"u:hi;a:"
+    memory.answered("yo", [1, 2])
+    assert bytes(memory.asked("x")["prompts"][0]) == b"u:x;a:"  # with the first turn it would be 16 tokens of 8
+    memory.room = 0
+    memory.answered("z", [3])
+    assert bytes(memory.asked("y")["prompts"][0]) == b"u:x;a:z;u:y;a:"
+
+
+def test_ctrl_c_ends_the_answer_only(speaker, capsys, monkeypatch):
+    whole = talk.converse(speaker, asked("ab"))[0]
+    pieces = speaker.generator.stream
+
+    def interrupted(*args, **options):
+        for rows in pieces(*args, **options):
+            signal.raise_signal(signal.SIGINT)
+            yield rows
+
+    monkeypatch.setattr(speaker.generator, "stream", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    answers = talk.converse(speaker, asked("ab", "cd"))
+    assert len(answers) == 2 and whole.startswith(answers[0]) and len(answers[0]) < len(whole)
+    assert signal.getsignal(signal.SIGINT) is before
