@@ -27,7 +27,7 @@ def sample(exp: Experiment, variables: Any, settings: Any, key: jax.Array) -> st
       settings: prompt, length, temperature, top_k, top_p (the config section `sample`).
     """
     tokenizer = exp.data.tokenizer
-    prompt = [tokenizer.eos, *tokenizer.encode(settings.prompt).tolist()]
+    prompt = tokenizer.prompt(settings.prompt)
     longest = exp.config["model"].get("max_length", 0)
     new = settings.length
     if exp.config["model"].get("positions") == "learned":
@@ -36,7 +36,7 @@ def sample(exp: Experiment, variables: Any, settings: Any, key: jax.Array) -> st
         exp.model, variables, [prompt], length=new, key=key, temperature=settings.temperature,
         top_k=settings.top_k, top_p=settings.top_p, eos=tokenizer.eos, pad=tokenizer.pad,
     )  # fmt: skip
-    return settings.prompt + tokenizer.decode(tokens.tolist())
+    return settings.prompt + tokenizer.decode(tokens.tolist(), continued=bool(settings.prompt))
 
 
 def curves(rows: list[dict[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:

@@ -10,8 +10,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from bigmodel_jax import cli, experiment, offline, tree
 from bigmodel_jax import convert as converting
-from bigmodel_jax import experiment, offline, tree
 from bigmodel_jax.data.pieces import Bytes
 from bigmodel_jax.data.tokenizer import load_tokenizer
 from bigmodel_jax.errors import InputError
@@ -60,9 +60,11 @@ def test_generate_continues_as_the_model_does(model, capsys):
     _, run, ours = model
     exp, _, _, _ = offline.open_run(str(run), [])
     prompt, new = "ab", 3
-    (text,) = offline.generate_from_run(
-        str(run), [], prompts=[prompt], length=new, temperature=0.0, top_k=0, top_p=1.0, seed=0
+    capsys.readouterr()
+    cli.run(
+        ["generate", "--workdir", str(run), "--prompt", prompt, "--length", str(new), "--temperature", "0"]
     )
+    text = capsys.readouterr().out.removesuffix("\n")
     ids = exp.data.tokenizer.prompt(prompt)
 
     @jax.jit
@@ -74,7 +76,6 @@ def test_generate_continues_as_the_model_does(model, capsys):
         row = np.array([ids + [0] * (8 - len(ids))], np.int32)
         ids.append(int(np.argmax(logits(row)[len(ids) - 1])))
     assert text == prompt + exp.data.tokenizer.decode(ids[2:], continued=True)
-    assert text in capsys.readouterr().out
 
 
 def test_there_and_back_is_bitwise(model, tmp_path):
