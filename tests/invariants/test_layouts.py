@@ -199,12 +199,12 @@ def test_same_numbers_in_single_precision(family):
 
 def without_zero_gradients(run):
     """Softmax does not see a bias of the keys: its gradient is 0 and what is computed is rounding
-    (5e-12 beside 0.2 here). In single precision it is held to that instead of to a relative error.
+    (3e-9 beside 0.1 here). In single precision it is held to that instead of to a relative error.
     """
     flat = trees.flatten(run["gradients"])
     largest = max(np.abs(leaf).max() for leaf in flat.values())
     for path in [p for p in flat if p.endswith("k_bias")]:
-        assert np.abs(flat.pop(path)).max() < 1e-8 * largest
+        assert np.abs(flat.pop(path)).max() < 1e-7 * largest
     return run | {"gradients": trees.unflatten(flat)}
 
 
