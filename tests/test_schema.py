@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {
     "lm_tiny.py", "lm_small.py", "mlm_tiny.py", "resnet_tiny.py", "resnet_tiny.py:mnist5k",
     "gpt2.py:124m", "gpt2.py:350m", "gpt2.py:1.5b", "llama.py:1b", "llama.py:8b", "llama.py:70b",
-    "bert.py:base", "bert.py:large",
+    "bert.py:base", "bert.py:large", "lstm_tiny.py", "g2p_cmudict.py", "span_tiny.py", "convnet_digits.py",
+    "logistic_digits.py", "vit_digits.py",
     *(f"finetune_rotten.py:{fold}" for fold in range(5)), "finetune_digits.py:source", "finetune_digits.py:transfer",
     "finetune_reviews.py:pretrain,0", "finetune_reviews.py:finetune,3", "finetune_reviews.py:scratch,0",
     "finetune_chat.py:pretrain", "finetune_chat.py:full", "finetune_chat.py:lora",

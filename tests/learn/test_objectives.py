@@ -18,6 +18,7 @@ class Out(NamedTuple):
     head: Any = IDENTITY
     cache: Any = None
     updates: Any = {}
+    extra: Any = {}
 
 
 def log_softmax(x):

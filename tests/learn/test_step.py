@@ -23,6 +23,7 @@ class Out(NamedTuple):
     head: Any
     cache: Any = None
     updates: Any = {}
+    extra: Any = {}
 
 
 def apply(variables, *, train, rngs=None, tokens):

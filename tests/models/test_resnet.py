@@ -323,7 +323,7 @@ def test_remat_and_bfloat16():
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"depth": 19}, "no ResNet of depth 19.*6n\\+2"),
-    ({"version": "v3"}, "version 'v3' is none of v1.5, v2"),
+    ({"version": "v3"}, "version 'v3' is none of v1, v1.5, v2"),
     ({"stem": "cifer"}, "did you mean 'cifar'"),
     ({"norm": "group", "channels": 16}, "gn_groups 32 does not divide 16 channels; legal: .1, 2, 4, 8, 16"),
 ])  # fmt: skip
