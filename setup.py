@@ -39,6 +39,7 @@ setup(
         # Needed by tensorflow-datasets to prepare a data set, and not declared by it on every Python.
         "importlib_resources>=6",
         "scikit-learn>=1.6,<2",
+        "scipy>=1.14,<2",
         "sacrebleu>=2.6,<3",
         "rouge-score>=0.1.2,<0.2",
         "rich>=14,<16",
@@ -57,6 +58,7 @@ setup(
             "onnx==1.23.2",
             "safetensors>=0.6,<0.9",
             "tensorboard>=2.20,<3",
+            "pyyaml>=6,<7",
             "lm-eval>=0.4.9,<0.5",
         ],
     },
