@@ -29,7 +29,7 @@ from bigmodel_jax.launch.supervisor import Attempt, Job, Supervisor
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results" / "multiprocess.json"
 DEVICES, STEPS, EVERY = 4, 30, 5
-START_S, GRACE_S = 20, 20.0
+START_S, GRACE_S = 20, 15.0
 
 CONFIG = '''
 def get_config(arg=None):

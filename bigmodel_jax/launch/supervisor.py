@@ -40,7 +40,7 @@ class Job:
     workdir: Path
     environment: Mapping[str, str] = field(default_factory=dict)
     per_process: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
-    grace_s: float = 30.0
+    grace_s: float = 15.0
     stop_s: float = 600.0
 
 
