@@ -42,7 +42,7 @@ def beam_search(
     with rules.use(generator.mesh):
         tokens, lengths, inputs = generator.prepare(prompts, length, sources)
         start, cache = _prefill(
-            generator.variables, tokens, lengths, inputs,
+            generator.laid(), tokens, lengths, inputs,
             model=generator.model, beams=beams, capacity=int(lengths.max()) + length, int8=generator.int8,
         )  # fmt: skip
         found = _search(

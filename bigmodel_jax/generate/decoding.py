@@ -24,7 +24,7 @@ from bigmodel_jax.models.model import Model
 
 
 def lay_out(model: Model, variables: Any) -> Any:
-    """Variables that one CPU device decodes with, weights in tiles; elsewhere `variables` themselves."""
+    """Variables that one CPU device generates with, see models/laid.py; elsewhere `variables` themselves."""
     return _lay_out(model, variables) if model.blocks and target.platform() == "cpu" else variables
 
 

@@ -58,7 +58,7 @@ class Generator:
         self._laid: Any = None
 
     def laid(self) -> Any:
-        """The weights as decoding reads them."""
+        """The weights as prompts and steps read them."""
         if self._laid is None:
             spread = any(len(leaf.devices()) > 1 for leaf in jax.tree.leaves(self.variables))
             self._laid = self.variables if spread else decoding.lay_out(self.model, self.variables)
@@ -127,8 +127,9 @@ class Generator:
         whole = int(lengths.max()) + length
         capacity = min(whole, int(lengths.max()) + ROOM) if self.model.blocks else whole
         state = decoding.prefill(
-            self.variables, tokens, lengths, keys, inputs, model=self.model, capacity=capacity, int8=self.int8, **how
-        )
+            self.laid(), tokens, lengths, keys, inputs,
+            model=self.model, capacity=capacity, int8=self.int8, **how,
+        )  # fmt: skip
         rows = [Continuation([], [], "") for _ in prompts]
         news = (np.asarray(state["token"])[:, None], np.asarray(state["logp"])[:, None])
         count = 1

@@ -123,8 +123,13 @@ def taken(cache: Cache, rows: jax.Array, stacked: bool = False) -> Cache:
 
 
 def _write(x: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
-    """x [B, G, S, ...] with new [B, G, ...] in slot [B] of each row."""
-    return x.at[jnp.arange(x.shape[0]), :, slot].set(new.astype(x.dtype), mode="drop")
+    """x [B, G, S, ...] with new [B, G, ...] in slot [B] of each row, in place."""
+    rows = jnp.arange(x.shape[0])
+    if x.shape[0] == 1:
+        # Of a single row XLA makes an update that it fuses into every reader, each with a copy of the cache
+        # (jax 0.10.2 on CPU: eight per layer and step). The same row twice stays a scatter, which is in place.
+        rows, slot, new = (jnp.concatenate([y, y]) for y in (rows, slot, new))
+    return x.at[rows, :, slot].set(new.astype(x.dtype), mode="drop")
 
 
 def attend(

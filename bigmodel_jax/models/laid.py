@@ -1,11 +1,9 @@
-"""Weights laid out once for decoding, where a step reads every weight for a few rows.
+"""Weights laid out once for generation, where a step reads every weight for a few rows.
 
-XLA:CPU multiplies a few rows with a matrix at half the speed of memory: one row on one core, more rows
-after packing the whole matrix, and a layer's weights are first copied out of the stack. In tiles of
-`COLUMNS` columns, each [contracted, COLUMNS] in one piece, the product is a sum over rows of the tile that
-stays in the cache for every row of x, vectorised over columns and shared between cores over tiles.
-On two cores, milliseconds of CPU per 226 MB of weights (stacked and plain, own arrays and plain, tiles):
-1 row 37, 17, 17; 8 rows 42, 36, 27; 16 rows -, 37, 34.
+Each layer gets its own arrays, for out of a stack XLA:CPU first copies them, and its matrices are transposed,
+which XLA:CPU multiplies with one row at the speed of memory. CPU milliseconds for 226 MB of weights, 1 and 8
+rows: from a stack 37 and 42, own arrays 17 and 40, transposed 15 and 30. Tried and dropped: tiles of 32
+columns summed over in XLA's own loops, 17 and 27, but on one core only.
 """
 
 from __future__ import annotations
@@ -23,47 +21,32 @@ from bigmodel_jax import tree
 if TYPE_CHECKING:
     from bigmodel_jax.models.model import Model
 
-COLUMNS = 32
-# Rows up to which a step goes through tiles: beyond, packing costs less than passing over a tile again.
-MOST_ROWS = 32
-# path in a block -> dimensions that a product contracts
+# path in a block -> dimensions, and how many of them a product contracts
 MATRICES = ((r"^(attn|cross)/(q|k|v)$", 3, 1), (r"^(attn|cross)/out$", 3, 2), (r"^mlp/(in|gate|up|out)$", 2, 1))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Tiled:
-    """A weight [contracted..., out...] as tiles [tiles, contracted, COLUMNS]; calling it multiplies."""
+class Laid:
+    """A weight [contracted..., out...] as its transpose [out, contracted]; calling it multiplies."""
 
-    tiles: jax.Array
-    one: jax.Array  # 1.0, see __call__
+    array: jax.Array
     contracted: int = dataclasses.field(metadata={"static": True})
     out: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
     def __call__(self, x: jax.Array, wide: bool = False) -> jax.Array:
         """x [..., contracted...] times the weight: [..., out...]; in at least float32 if `wide`."""
         lead = x.shape[: x.ndim - self.contracted]
-        rows = math.prod(lead)
-        high = jnp.promote_types(x.dtype, jnp.float32)
-        # XLA:CPU would fuse what makes x (a norm, an activation) into the product with every tile and write
-        # that out, at three times the cost. A division it takes for too expensive to repeat; an
-        # optimization_barrier is gone before fusion.
-        flat = x.reshape(rows, -1).astype(high) / self.one.astype(high)
-        tiles = self.tiles.astype(high)
-        if rows == 1:
-            y = jnp.sum(flat[0][None, :, None] * tiles, axis=1)
-        else:
-            y = jnp.swapaxes(jnp.sum(flat[None, :, :, None] * tiles[:, None], axis=2), 0, 1)
-        y = y.reshape(rows, -1)[:, : math.prod(self.out)].reshape(*lead, *self.out)
-        return y if wide else y.astype(x.dtype)
+        kind = jnp.promote_types(x.dtype, jnp.float32) if wide else x.dtype
+        flat = x.reshape(math.prod(lead), -1)
+        y = jnp.einsum("zk,nk->zn", flat, self.array, preferred_element_type=kind)
+        return y.reshape(*lead, *self.out)
 
 
-def tiled(w: jax.Array, contracted: int, dtype: Any = None) -> Tiled:
-    """`w` in tiles; its first `contracted` dimensions are those a product sums over."""
-    inner = math.prod(w.shape[:contracted])
-    flat = w.reshape(inner, -1).astype(dtype or w.dtype)
-    flat = jnp.pad(flat, ((0, 0), (0, -flat.shape[1] % COLUMNS)))
-    return Tiled(jnp.swapaxes(flat.reshape(inner, -1, COLUMNS), 0, 1), jnp.ones((), flat.dtype), contracted, w.shape[contracted:])
+def laid(w: jax.Array, contracted: int, dtype: Any = None) -> Laid:
+    """`w` laid out; its first `contracted` dimensions are those a product sums over."""
+    flat = w.reshape(math.prod(w.shape[:contracted]), -1).astype(dtype or w.dtype)
+    return Laid(flat.T, contracted, w.shape[contracted:])
 
 
 def _at(tree_: Any, path: str) -> Any:
@@ -73,14 +56,14 @@ def _at(tree_: Any, path: str) -> Any:
     return tree_
 
 
-def _tiles_of(variables: dict[str, Any], dtype: Any) -> dict[str, Any]:
-    """Variables of one block, its matrices in tiles in a collection of their own."""
-    params, laid = tree.flatten(variables["params"]), {}
+def _matrices(variables: dict[str, Any], dtype: Any) -> dict[str, Any]:
+    """Variables of one block, its matrices laid out in a collection of their own."""
+    params, found = tree.flatten(variables["params"]), {}
     for path in list(params):
         for pattern, dims, contracted in MATRICES:
             if re.search(pattern, path) and params[path].ndim == dims:
-                laid[path] = tiled(params.pop(path), contracted, dtype)
-    return variables | {"params": tree.unflatten(params), "laid": tree.unflatten(laid)}
+                found[path] = laid(params.pop(path), contracted, dtype)
+    return variables | {"params": tree.unflatten(params), "laid": tree.unflatten(found)}
 
 
 def blocks(variables: dict[str, Any], layers: int, path: str = "layers") -> tuple[dict[str, Any], ...]:
@@ -93,14 +76,11 @@ def blocks(variables: dict[str, Any], layers: int, path: str = "layers") -> tupl
 
 
 def lay_out(model: Model, variables: dict[str, Any]) -> dict[str, Any]:
-    """Variables for one token per row and call: each layer's own, its matrices and the output's in tiles.
-
-    Jit-able. The originals are not needed beside them, but for prompts.
-    """
+    """Variables for prompts and steps of a decoder: each layer's own, its matrices and the output's laid out."""
     spec = model.module.spec
     dtype = jnp.dtype(spec.dtype)
     each = blocks(variables, len(model.windows), model.blocks)
-    made = [_tiles_of(own, dtype) for own in (each[:1] if model.blocks.endswith("layer") else each)]
+    made = [_matrices(own, dtype) for own in (each[:1] if model.blocks.endswith("layer") else each)]
     params = variables["params"]
     kernel = _at(params, "head/kernel")
     if spec.tied_embeddings:
@@ -111,6 +91,6 @@ def lay_out(model: Model, variables: dict[str, Any]) -> dict[str, Any]:
     rest = {name: leaf for name, leaf in variables.items() if name not in ("params", "stats")}
     return rest | {
         "params": tree.unflatten(flat),
-        "laid": {"head": {"kernel": tiled(kernel, 1, dtype)}},
+        "laid": {"head": {"kernel": laid(kernel, 1, dtype)}},
         "blocks": tuple(made[n % len(made)] for n in range(len(model.windows))),
     }

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from bigmodel_jax.errors import InputError, nearest
 from bigmodel_jax.models import target
-from bigmodel_jax.models.laid import Tiled
+from bigmodel_jax.models.laid import Laid
 
 # XLA:CPU adds scattered rows in a loop of some 20 us each: up to this many table rows a matmul wins.
 ONE_HOT_ROWS = 2048
@@ -88,9 +88,9 @@ ACTIVATIONS: dict[str, tuple[Callable[[jax.Array], jax.Array], bool]] = {
 }
 
 
-def project(letters: str, x: jax.Array, w: jax.Array | Tiled) -> jax.Array:
+def project(letters: str, x: jax.Array, w: jax.Array | Laid) -> jax.Array:
     """jnp.einsum(letters, x, w) of activations [B, L, ...] and a weight, e.g. "bld,df->blf"."""
-    return w(x) if isinstance(w, Tiled) else _project(letters, x, w)
+    return w(x) if isinstance(w, Laid) else _project(letters, x, w)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -164,9 +164,9 @@ def _lookup_backward(saved, g):
 lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
-def wide_einsum(letters: str, a: jax.Array, b: jax.Array | Tiled) -> jax.Array:
+def wide_einsum(letters: str, a: jax.Array, b: jax.Array | Laid) -> jax.Array:
     """Activations a [..., x] times a weight b, e.g. "...x,xy->...y", in `wide(a.dtype)`."""
-    return b(a, wide=True) if isinstance(b, Tiled) else _wide_einsum(letters, a, b)
+    return b(a, wide=True) if isinstance(b, Laid) else _wide_einsum(letters, a, b)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -131,11 +131,11 @@ def ropes(spec: Spec, positions: jax.Array, dtype: jnp.dtype):
 def run_layers(module: nn.Module, x: jax.Array, cache: Any, context: Context, blocks: Any = None):
     """((x, cache), what each layer's router says) after all layers, whose parameters `module` declares.
 
-    With an open cache one layer after the other, each with its own array of keys and values, and with the
-    weights of `blocks` where they are laid out; else as one scan.
+    As one scan; but one layer after the other with `blocks`, their variables laid out for decoding, or with
+    an open cache, where each layer has its own arrays.
     """
     spec = module.spec
-    if not caches.is_open(cache):
+    if blocks is None and not caches.is_open(cache):
         return stack(spec)((x, cache), jnp.arange(spec.num_layers), context)
     if blocks is None:
         blocks = laid.blocks(module.variables, spec.num_layers, "layer" if spec.shared_layers else "layers")

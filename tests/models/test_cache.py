@@ -46,7 +46,7 @@ def logits(out):
     return out.head(out.hidden)
 
 
-def decoded(model, variables, off, prompt, later, *, inputs, int8=False, tiles=False):
+def decoded(model, variables, off, prompt, later, *, inputs, int8=False, anew=False):
     """Logits [B, STEPS, V] of later tokens [B, STEPS], read one by one behind prompts padded on the right.
 
     off: added to where the first of them is written.
@@ -55,7 +55,7 @@ def decoded(model, variables, off, prompt, later, *, inputs, int8=False, tiles=F
     out = model.apply(variables, train=False, tokens=prompt, cache=empty, **inputs)
     opened = caches.opened(out.cache, LENGTHS, prompt.shape[1] + STEPS, model.windows, int8)
     opened["length"] += off
-    if tiles:
+    if anew:
         variables = laid.lay_out(model, variables)
 
     def step(cache, token):
@@ -69,7 +69,7 @@ def decoded(model, variables, off, prompt, later, *, inputs, int8=False, tiles=F
 def program(name, int8=False):
     """(variables, fn(variables, off) -> (logits of one by one, of the full pass) [B, STEPS, V])."""
     model = encoder_decoder(**TINY | RELATIVE) if name == "relative" else decoder(**TINY | TABLE[name])
-    tiles = name in ("gpt2", "pattern", "original", "relative")
+    anew = name in ("gpt2", "pattern", "original", "relative")
     prompt = np.where(np.arange(11) < LENGTHS[:, None], TOKENS[:, :11], 36)
     at = LENGTHS[:, None] + np.arange(STEPS)
     segments = (np.arange(7) < np.array([7, 4, 5])[:, None]).astype(np.int32)
@@ -82,7 +82,7 @@ def program(name, int8=False):
             inputs = {"memory": model.encode(variables, **given), "memory_segments": segments}
         full = logits(model.apply(variables, train=False, tokens=TOKENS, **given))
         later = np.take_along_axis(TOKENS, at, 1)
-        got = decoded(model, variables, off, prompt, later, inputs=inputs, int8=int8, tiles=tiles)
+        got = decoded(model, variables, off, prompt, later, inputs=inputs, int8=int8, anew=anew)
         return got, jnp.take_along_axis(full, at[..., None], 1)
 
     return filled(model), both
@@ -129,16 +129,18 @@ def test_layers_keep_rings_of_their_window_and_can_grow():
     assert [x.shape[2] for x in more["v"]] == [5, 40] and caches.slots(more) == 40
 
 
-def test_tiles_multiply_like_einsum():
-    """Also where columns do not fill the last tile, in float64 and for every number of rows."""
+def test_laid_out_weights_multiply_like_einsum():
     rng = np.random.default_rng(3)
     w = rng.normal(size=(6, 3, 7))
     with jax.enable_x64(True):
-        tiled = laid.tiled(jnp.asarray(w), 1)
-        assert tiled.tiles.shape == (1, 6, 32)
+        into = laid.laid(jnp.asarray(w), 1)
+        assert into.array.shape == (21, 6)
         for lead in ((), (1,), (2, 3)):
             x = rng.normal(size=(*lead, 6))
-            np.testing.assert_allclose(tiled(jnp.asarray(x)), np.einsum("...d,dhk->...hk", x, w), rtol=1e-12)
-        y = rng.normal(size=(2, 1, 3, 7))
-        back = laid.tiled(jnp.asarray(rng.permutation(w).transpose(1, 2, 0)), 2)
-        assert back(jnp.asarray(y)).shape == (2, 1, 6)
+            np.testing.assert_allclose(into(jnp.asarray(x)), np.einsum("...d,dhk->...hk", x, w), rtol=1e-12)
+        out, y = w.transpose(1, 2, 0), rng.normal(size=(2, 1, 3, 7))
+        back = laid.laid(jnp.asarray(out), 2)(jnp.asarray(y))
+        np.testing.assert_allclose(back, np.einsum("blhk,hkd->bld", y, out), rtol=1e-12)
+    half = laid.laid(jnp.ones((4, 2), jnp.bfloat16), 1)
+    assert half(jnp.ones(4, jnp.bfloat16)).dtype == jnp.bfloat16
+    assert half(jnp.ones(4, jnp.bfloat16), wide=True).dtype == jnp.float32
