@@ -5,8 +5,8 @@
 
 The job of benchmarks/multiprocess.py with one task on each of two nodes. `scontrol requeue` hits it after a
 few steps, then SIGTERM by `scancel --signal=TERM` (the job requeues itself on 75). It must come back both
-times by itself, end as COMPLETED, and its final state must equal that of an unbroken run. A config that
-cannot be used must fail with 2 and stay failed. Writes results/slurm.json.
+times by itself, end as COMPLETED, and its final state must equal that of an unbroken run. Shards that
+are not there must fail with 2 and stay failed. Writes results/slurm.json.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def main() -> None:
         wanted = unbroken(config, folder, 2)
         found = preempted_twice(config, folder / "job")
         found["equal"] = (folder / "job" / "result.json").exists() and final_hash(folder / "job") == wanted
-        job = submit(config, folder / "bad", "--config.optimizer.lrr=1")
+        job = submit(config, folder / "bad", "--config.data.shards=/nowhere")
         refused = wait_for(job, ("FAILED", "COMPLETED"))
         found["refused"] = {"state": refused["JobState"], "exit": refused["ExitCode"], "restarts": refused["Restarts"]}
         logs = {path.name: path.read_text()[-2000:] for path in (folder / "job" / "logs").glob("*.log")}

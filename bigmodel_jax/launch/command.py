@@ -57,7 +57,17 @@ def launch(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     """
     if args.sweep and args.where != "slurm":
         raise InputError("--sweep makes a job array, which only slurm has; for other places loop over overrides")
+    _check(args, overrides)
     {"local": _local, "slurm": _slurm, "gke": _gke, "tpu-vm": _tpu_vm}[args.where](args, overrides)
+
+
+def _check(args: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """A typo is answered here, not by a job that has waited in a queue."""
+    from bigmodel_jax import experiment
+
+    raw = experiment.read(args.config)
+    for point in render.sweep(args.sweep):
+        experiment.resolve(raw, [*overrides, *point])
 
 
 def _environment(args: argparse.Namespace) -> dict[str, str]:

@@ -99,6 +99,8 @@ def test_tpu_vm_script(capsys):
         (["gke", "--workdir", "r"], "--image"),
         (["gke", "--workdir", "r", "--image", "i", "--hardware", "v5e"], "--topology"),
         (["tpu-vm", "--workdir", "r"], "--tpu"),
+        (["slurm", "--workdir", "r", "--config.optimizer.lrr=1"], "did you mean 'lr'"),
+        (["slurm", "--workdir", "r", "--sweep", "optimizer.lr=1e-3,fast"], "optimizer.lr"),
     ],
 )
 def test_options_that_do_not_fit(argv, says):
