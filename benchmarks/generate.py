@@ -110,6 +110,8 @@ def show(name: str, row: dict[str, Any]) -> None:
         wall, cpu = row["ratios"][f"{what}_ms"], row["ratios"][f"{what}_cpu_ms"]
         met = "met" if row["met"][what] else "missed"
         print(f"{name:9} {what:8} {ours:9.1f} {theirs:9.1f} {wall:6.2f} {goal:5.1f} {met:7} {cpu:6.2f}", flush=True)
+    if not row["same_tokens"]:
+        print(f"{'':9} the tokens differ")
 
 
 def main() -> None:

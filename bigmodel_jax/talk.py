@@ -52,7 +52,7 @@ class Speaker:
         pieces = self.generator.stream(
             **inputs, length=self.args.length, key=jax.random.key(seed), sampling=self.sampling,
             ended=(lambda row, tokens: readers[row].ended(tokens)) if self.args.stop else None,
-            piece=8 if self.args.stream or self.args.interactive else 64,
+            piece=8 if self.args.stream or self.args.interactive else 32,
         )  # fmt: skip
         for rows in pieces:
             yield readers, rows, all(row.reason for row in rows)
@@ -70,6 +70,10 @@ class Speaker:
         else:
             *_, (_, rows, _) = self.stream(inputs, self.args.seed)
         readers = [Reader(self.tokenizer, self.args.stop, follows) for follows in continued]
+        for reader, row in zip(readers, rows, strict=True):
+            if reader.ended(row.tokens):
+                size = reader.kept(row.tokens)
+                row.tokens, row.logprobs, row.reason = row.tokens[:size], row.logprobs[:size], "stop"
         return [(reader.text(row.tokens), row) for reader, row in zip(readers, rows, strict=True)]
 
 

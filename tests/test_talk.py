@@ -29,6 +29,7 @@ def test_text_comes_in_pieces_without_half_characters_or_half_stops():
         shown.append(reader.fresh(tokens[:size], final=size == len(tokens)))
     assert "".join(shown) == "naïve " and "ï" in shown
     assert [reader.ended(tokens[:size]) for size in (8, 9, 10)] == [False, False, True]
+    assert [reader.kept(tokens[:size]) for size in (5, 10, 16)] == [5, 10, 10]
     plain = Reader(Bytes())
     assert plain.fresh(tokens[:3], final=False) == "na" and plain.fresh(tokens[:3], final=True) == "\ufffd"
 

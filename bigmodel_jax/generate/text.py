@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,6 +38,10 @@ class Reader:
     def ended(self, tokens: Sequence[int]) -> bool:
         """Whether a stop string has come."""
         return cut(self.tokenizer.decode(list(tokens), continued=self.continued), self.stops)[1]
+
+    def kept(self, tokens: Sequence[int]) -> int:
+        """How many tokens the text up to a stop string takes, those of the stop string included; all without one."""
+        return bisect.bisect_left(range(len(tokens)), True, key=lambda n: self.ended(tokens[:n]))
 
     def fresh(self, tokens: Sequence[int], final: bool) -> str:
         """What can be shown now and was not shown before."""
