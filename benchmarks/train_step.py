@@ -34,14 +34,11 @@ def adamw() -> dict[str, Any]:
 
 
 def gpt(layers: int, dim: int, heads: int, vocab: int, length: int, **more: Any) -> dict[str, Any]:
-    """Raw config of GPT-2 with these sizes, batch 8; chunked loss where the vocabulary is large.
-
-    The few layers are unrolled: on a CPU a scan also fills and copies the stacked activations.
-    """
+    """Raw config of GPT-2 with these sizes, batch 8; chunked loss where the vocabulary is large."""
     sizes = {"num_layers": layers, "embed_dim": dim, "num_heads": heads, "vocab_size": vocab}
     return {
         "batch_size": 8,
-        "model": {"name": "decoder", "max_length": length, "unroll": layers, **sizes, **more},
+        "model": {"name": "decoder", "max_length": length, **sizes, **more},
         "objective": {"name": "causal_lm", "chunk": 64 if vocab > 10_000 else 0},
         "optimizer": adamw(),
         "schedule": {"name": "constant"},
