@@ -38,8 +38,9 @@ def read(path: str, now: float | None = None) -> dict[str, Any]:
     if config is None:
         raise InputError(f"'{path}' is not a run: it has no config.json")
     now = time.time() if now is None else now
-    rows = [row for row in metrics.read(workdir) if "event" not in row]
-    evals = [row for row in metrics.read(workdir, "eval")]
+    written = metrics.read(workdir)
+    rows = [row for row in written if "event" not in row]
+    evals = [row for row in written if row.get("event") == "eval"]
     starts = (_json(workdir / "env.json") or {}).get("starts", [])
     books = _json(workdir / "restarts.json") or {}
     out: dict[str, Any] = {

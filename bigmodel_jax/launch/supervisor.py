@@ -8,6 +8,7 @@ what the job dies of.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -19,7 +20,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bigmodel_jax.errors import EXIT_PREEMPTED
 from bigmodel_jax.launch import policy
 
 POLL_S = 0.05
@@ -135,9 +135,7 @@ class Supervisor:
                 verdict = policy.consider(self.job.workdir, codes)
                 shown = ", ".join(str(policy.shell_code(code)) for code in codes)
                 self.say(f"processes left with {shown}: {verdict.reason}")
-                if self._asked and verdict.again:
-                    return EXIT_PREEMPTED if verdict.code == EXIT_PREEMPTED else verdict.code
-                if not verdict.again:
+                if self._asked or not verdict.again:
                     return verdict.code
         finally:
             for number, handler in before.items():
@@ -146,23 +144,20 @@ class Supervisor:
     def _attempt(self) -> list[int]:
         self.attempts += 1
         attempt = self.current = Attempt(self.job, self.attempts)
-        forwarded, deadline, killed = False, None, False
-        own: list[int | None] = [None] * self.job.processes
+        forwarded, deadline = False, None
         try:
-            while any(code is None for code in attempt.codes()):
+            while None in (codes := attempt.codes()):
                 if self._asked and not forwarded:
                     forwarded, deadline = True, time.monotonic() + self.job.stop_s
                     attempt.signal(signal.SIGTERM)
-                if not killed:
-                    own = attempt.codes()
-                if deadline is None and any(code is not None for code in own):
+                if deadline is None and any(code is not None for code in codes):
                     deadline = time.monotonic() + self.job.grace_s
-                if deadline is not None and time.monotonic() > deadline and not killed:
-                    left = [n for n, code in enumerate(own) if code is None]
+                if deadline is not None and time.monotonic() > deadline:
+                    left = [n for n, code in enumerate(codes) if code is None]
                     self.say(f"processes {left} have not left: killed")
-                    killed = True
                     attempt.signal(signal.SIGKILL)
+                    deadline = math.inf
                 time.sleep(POLL_S)
-            return [code if code is not None else -signal.SIGKILL for code in (own if killed else attempt.codes())]
+            return codes
         finally:
             attempt.close()

@@ -25,7 +25,7 @@ from bigmodel_jax.models import layers as ops
 from bigmodel_jax.models.block import Context, norm, weight
 from bigmodel_jax.models.heads import Head
 from bigmodel_jax.models.masks import Mask
-from bigmodel_jax.models.model import Model, Output
+from bigmodel_jax.models.model import Model, Output, encoding
 from bigmodel_jax.models.positions import relative_buckets
 from bigmodel_jax.models.spec import Spec, taking
 from bigmodel_jax.models.transformer import Embed, ropes, run_layers
@@ -286,13 +286,8 @@ def encoder_decoder(**options: Any) -> Model:
         empty = jnp.zeros(shape, spec.dtype if dtype is None else dtype)
         return {"k": empty, "v": empty, "length": jnp.zeros((batch,), jnp.int32)}
 
-    def encode(variables: Any, *, train: bool = False, rngs: Any = None, **inputs: Any) -> jax.Array:
-        given = {name: value for name, value in variables.items() if value}
-        keys = (rngs or {}).get("dropout")
-        return module.apply(given, train=train, dropout_keys=keys, method="encode", **inputs)
-
     return Model(
-        module=module, example=example, cache=cache, encode=encode,
+        module=module, example=example, cache=cache, encode=encoding(module),
         blocks="decoder/layer" if spec.shared_layers else "decoder/layers", windows=(0,) * spec.decoder_layers,
         flops=lambda source, target: forward_flops(spec, source, target),
     )  # fmt: skip

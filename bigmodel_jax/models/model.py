@@ -41,6 +41,17 @@ def keep(stats: Any, updates: Any) -> Any:
     return stats
 
 
+def encoding(module: nn.Module) -> Callable[..., Any]:
+    """`encode` of a model whose module has a method of that name: (variables, train, rngs, **inputs) -> memory."""
+
+    def encode(variables: dict[str, Any], *, train: bool = False, rngs: Any = None, **inputs: Any) -> Any:
+        given = {name: value for name, value in variables.items() if value}
+        keys = (rngs or {}).get("dropout")
+        return module.apply(given, train=train, dropout_keys=keys, method="encode", **inputs)
+
+    return encode
+
+
 def _boxed(leaf: Any) -> bool:
     return isinstance(leaf, nn.meta.AxisMetadata)
 

@@ -19,7 +19,7 @@ import numpy as np
 from bigmodel_jax.errors import InputError
 from bigmodel_jax.models import cells
 from bigmodel_jax.models import layers as ops
-from bigmodel_jax.models.model import Model, Output
+from bigmodel_jax.models.model import Model, Output, encoding
 from bigmodel_jax.models.recurrent import (
     HIDDEN,
     CellWeights,
@@ -325,13 +325,8 @@ def recurrent_seq2seq(
     def example(batch: int) -> dict[str, np.ndarray]:
         return {name: np.zeros((batch, 1), np.int32) for name in ("source", "tokens")}
 
-    def encode(variables: Any, *, train: bool = False, rngs: Any = None, **inputs: Any) -> dict[str, jax.Array]:
-        given = {name: value for name, value in variables.items() if value}
-        keys = (rngs or {}).get("dropout")
-        return module.apply(given, train=train, dropout_keys=keys, method="encode", **inputs)
-
     return Model(
-        module=module, example=example, encode=encode,
+        module=module, example=example, encode=encoding(module),
         cache=lambda batch, length, dtype=None: empty_cache(decoder, batch, length),
         flops=lambda source, target: forward_flops(pair, source, target),
     )  # fmt: skip
