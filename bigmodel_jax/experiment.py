@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from bigmodel_jax import flops, schema
+from bigmodel_jax import flops, schema, variants
 from bigmodel_jax.data.datasets import DATASETS, Loaded
 from bigmodel_jax.errors import InputError, nearest
 from bigmodel_jax.learn import optim, schedules
@@ -126,26 +126,64 @@ class Experiment:
 def read(path: str) -> dict[str, Any]:
     """Raw config from "FILE.py" or "FILE.py:ARG": get_config(arg) as nested dicts.
 
-    The file may import other configs as `configs.NAME`: the folder above its own is searched first.
+    Of a study's file without get_config, ARG is a variant. The file may import others as `configs.NAME`: the
+    folder above `configs`, or above its own folder, is searched first.
     """
     file, _, arg = path.partition(":")
+    module = _module(file)
+    if not hasattr(module, "get_config") and hasattr(module, "get_study"):
+        return _of_variant(read_study(file), arg)
+    return _plain(_called(path, lambda: module.get_config(arg) if arg else module.get_config()))
+
+
+def read_study(file: str) -> dict[str, Any]:
+    """get_study() of a file as nested dicts.
+
+    Raises:
+      InputError: no such file or function, or it raises.
+    """
+    module = _module(file)
+    if not hasattr(module, "get_study"):
+        raise InputError(f"'{file}' is no study: it has no get_study()")
+    return _plain(_called(file, module.get_study))
+
+
+def _of_variant(study: Mapping[str, Any], name: str) -> dict[str, Any]:
+    known = variants.expand(study.get("variants", {}), study.get("grid", {}))
+    name = name or study.get("baseline", "")
+    if name not in known:
+        raise InputError(f"the study has no variant '{name}'{nearest(name, known)}")
+    return variants.overridden(study["base"], known[name])
+
+
+def _module(file: str) -> Any:
     source = Path(file)
     if not source.is_file():
         near = sorted(source.parent.glob("*.py")) if source.parent.is_dir() else []
         raise InputError(f"no config file '{file}'{nearest(file, map(str, near))}")
-    root = str(source.resolve().parent.parent)
+    folder = source.resolve().parent
+    root = next((str(p.parent) for p in (folder, *folder.parents) if p.name == "configs"), str(folder.parent))
     if root not in sys.path:
         sys.path.insert(0, root)
     module_spec = importlib.util.spec_from_file_location(f"config_{source.stem}", source)
     module = importlib.util.module_from_spec(module_spec)
+    _called(file, lambda: module_spec.loader.exec_module(module))
+    return module
+
+
+def _called(path: str, fn: Callable[[], Any]) -> Any:
     try:
-        module_spec.loader.exec_module(module)
-        config = module.get_config(arg) if arg else module.get_config()
+        return fn()
     except InputError:
         raise
     except Exception as error:
         raise InputError(f"config '{path}' does not load: {type(error).__name__}: {error}") from error
-    return config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
+
+
+def _plain(value: Any) -> Any:
+    """Nested dicts of what may hold a ConfigDict anywhere."""
+    value = value.to_dict() if isinstance(value, ml_collections.ConfigDict) else value
+    return {key: _plain(item) for key, item in value.items()} if isinstance(value, Mapping) else value
 
 
 def resolve(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -1,0 +1,236 @@
+"""A study as a value: variants of one config, seeds, the metric, the claim, and what the paper reports.
+
+`configs/papers/<paper>/<table>.py` has `get_study()`, a dict of plain values with the fields of `Study`:
+
+    base        a config, as get_config gives it
+    variants    {name: {"optimizer.lr": 1e-3, ...}}: what each changes; a section given as a dict replaces it
+    grid        {leaf: values}: every combination of them, times the variants where both are given
+    claims      dicts with the fields of Claim
+
+and may have `get_config(arg)`; without one, "FILE.py:VARIANT" is the config of that variant anyway.
+Everything that can be checked without data is checked here, in one line that names the nearest legal name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from bigmodel_jax import experiment
+from bigmodel_jax.errors import InputError, nearest
+from bigmodel_jax.variants import expand, overridden
+
+
+@dataclass(frozen=True)
+class Claim:
+    """`better` beats `worse` on the study's metric, by more than `margin` (in units of the metric)."""
+
+    better: str
+    worse: str
+    text: str
+    margin: float = 0.0
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared with what, and what would count as an answer.
+
+    name: of the folder and the files of results. title: one line. source: paper, table or figure.
+    base: raw config. variants: name -> overrides by leaf. seeds: of every variant.
+    metric: "SET/METRIC" as in result.json, "best/SET/METRIC" of the best checkpoint. mode: "min" or "max".
+    baseline: the variant that the others are compared with.
+    published: variant -> the paper's number of `published_metric`, with its place in the paper.
+    tune: leaf -> values tried for every variant on `tune_seeds`, before the seeds run at the best.
+    search: settings of a search over leaves, see search.py; empty for none.
+    full: raw config of the same study at the paper's scale. budget_minutes: of all cells together, wall time.
+    file: where it was read from.
+    """
+
+    name: str
+    title: str
+    source: str
+    base: dict[str, Any]
+    variants: dict[str, dict[str, Any]]
+    seeds: tuple[int, ...]
+    metric: str
+    mode: str
+    baseline: str
+    claims: tuple[Claim, ...] = ()
+    published: dict[str, float] = field(default_factory=dict)
+    published_metric: str = ""
+    published_source: str = ""
+    tune: dict[str, tuple] = field(default_factory=dict)
+    tune_seeds: tuple[int, ...] = ()
+    search: dict[str, Any] = field(default_factory=dict)
+    full: dict[str, Any] | None = None
+    budget_minutes: float = 90.0
+    file: str = ""
+
+    def config(self, variant: str, **overrides: Any) -> dict[str, Any]:
+        """Raw config of a variant; `overrides` by leaf come last."""
+        return overridden(self.base, self.variants[variant] | overrides)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One finished cell, as read from the store.
+
+    values: every number of the run: "SET/METRIC" and "best/SET/METRIC" of its evaluations, "train/loss" and the like
+    of its last training row, "parameters". overrides: by leaf, the variant's and those that were tuned or searched.
+    status: "done", "diverged" (numeric abort, or a metric that is not finite) or "failed". wall_s, cpu_s: over all
+    starts. curve: (step, metric) of every evaluation. purpose: "seeds", "tune" or "search".
+    """
+
+    cell: str
+    variant: str
+    seed: int
+    values: dict[str, float]
+    data_fingerprint: str
+    eval_fingerprint: str
+    overrides: dict[str, Any]
+    status: str
+    wall_s: float
+    cpu_s: float
+    command: str
+    commit: str
+    curve: list[tuple[int, float]]
+    purpose: str = "seeds"
+
+
+def read(file: str) -> Study:
+    """The study of a file.
+
+    Raises:
+      InputError: the file, a field, a name or a leaf is not as it should be.
+    """
+    raw = experiment.read_study(file)
+    variants = expand(raw.pop("variants", {}), raw.pop("grid", {}))
+    fields = {f.name: f for f in dataclasses.fields(Study)}
+    for key in raw:
+        if key not in fields or key == "file":
+            raise InputError(f"study '{file}' has no field '{key}'{nearest(key, [*fields, 'grid'])}")
+    needed = [
+        name for name, f in fields.items()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and name != "variants"
+    ]  # fmt: skip
+    missing = [name for name in needed if name not in raw]
+    if missing:
+        raise InputError(f"study '{file}' lacks {', '.join(missing)}")
+    claims = tuple(_claim(claim) for claim in raw.pop("claims", ()))
+    for name in ("seeds", "tune_seeds"):
+        raw[name] = tuple(raw.get(name, ()))
+    study = Study(**raw, variants=variants, claims=claims, file=file)
+    check(study)
+    return study
+
+
+def _claim(raw: Any) -> Claim:
+    known = [f.name for f in dataclasses.fields(Claim)]
+    if not isinstance(raw, Mapping):
+        raise InputError(f"study claim should be a dict with {', '.join(known)}, not {raw!r}")
+    for key in raw:
+        if key not in known:
+            raise InputError(f"study claim has no field '{key}'{nearest(key, known)}")
+    lacks = [key for key in ("better", "worse", "text") if key not in raw]
+    if lacks:
+        raise InputError(f"study claim lacks {', '.join(lacks)}: {dict(raw)!r}")
+    return Claim(**raw)
+
+
+def check(study: Study) -> None:
+    """Names, seeds, metric and every config; see the module's docstring.
+
+    Raises:
+      InputError: one line: what, where, and what would be right.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", study.name):
+        raise InputError(f"study name '{study.name}' should be letters, digits, - and _: it names a file")
+    if not study.variants:
+        raise InputError(f"study '{study.name}' has neither variants nor a grid")
+    _check_seeds(study)
+    if study.mode not in ("min", "max"):
+        raise InputError(f"study mode '{study.mode}' should be min or max")
+    if "/" not in study.metric:
+        raise InputError(f"study metric '{study.metric}' should be SET/METRIC, for example validation/loss")
+    for what, name in (
+        ("baseline", study.baseline),
+        *((f"claim '{c.text}'", variant) for c in study.claims for variant in (c.better, c.worse)),
+        *(("published number", variant) for variant in study.published),
+    ):
+        if name not in study.variants:
+            raise InputError(f"study {what}: there is no variant '{name}'{_near(name, study.variants)}")
+    if study.published and not (study.published_source and study.published_metric):
+        raise InputError("study: published numbers need published_metric and published_source")
+    _check_configs(study)
+
+
+def _near(name: str, names: Mapping[str, Any]) -> str:
+    return nearest(name, names) or f"; there are {', '.join(names)}"
+
+
+def _check_seeds(study: Study) -> None:
+    for what, seeds in (("seeds", study.seeds), ("tune_seeds", study.tune_seeds)):
+        if any(not isinstance(seed, int) or isinstance(seed, bool) for seed in seeds) or len(set(seeds)) < len(seeds):
+            raise InputError(f"study {what} {seeds!r} should be different integers")
+    if not study.seeds:
+        raise InputError(f"study '{study.name}' has no seeds")
+    if bool(study.tune) != bool(study.tune_seeds) and not study.search:
+        raise InputError("study: tune and tune_seeds come together")
+    both = sorted(set(study.seeds) & set(study.tune_seeds))
+    if both:
+        # A value chosen on a seed flatters that seed.
+        raise InputError(f"study: seeds {both} are among tune_seeds; choose on others than those that are reported")
+
+
+def _check_configs(study: Study) -> None:
+    seen: dict[str, str] = {}
+    for name, overrides in study.variants.items():
+        if "seed" in overrides:
+            raise InputError(f"study variant '{name}' sets 'seed'; seeds are the study's")
+        config = _resolved(f"variant '{name}'", study.config(name))
+        twin = seen.setdefault(experiment.config_hash(config), name)
+        if twin != name:
+            raise InputError(f"study variants '{twin}' and '{name}' are the same experiment")
+        for leaf, values in study.tune.items():
+            if not isinstance(values, (tuple, list)) or len(values) < 2:
+                raise InputError(f"study tune: '{leaf}' needs at least two values, not {values!r}")
+            for value in values:
+                _resolved(f"tune of variant '{name}'", study.config(name, **{leaf: value}))
+    if study.full is not None:
+        _resolved("full-scale twin", study.full)
+
+
+def _resolved(what: str, raw: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return experiment.resolve(raw)
+    except InputError as error:
+        raise InputError(f"study {what}: {error}") from None
+
+
+def check_comparable(study: Study, rows: Sequence[Row]) -> None:
+    """Refuse rows that were not measured on the same examples, or not trained on the same data.
+
+    Evaluation must be one for all rows. Training data must be one for all rows of a variant, and for all variants
+    that set no leaf of `data`: a study that varies the data does so by name.
+
+    Raises:
+      InputError: one line that names two rows.
+    """
+    first: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        if row.status != "done":
+            continue
+        own = any(leaf.split(".")[0] == "data" for leaf in study.variants.get(row.variant, {}))
+        keys = (("evaluation", ""), ("data", row.variant if own else ""))
+        for (what, group), found in zip(keys, (row.eval_fingerprint, row.data_fingerprint), strict=True):
+            other = first.setdefault((what, group), row)
+            theirs = other.eval_fingerprint if what == "evaluation" else other.data_fingerprint
+            if found != theirs:
+                raise InputError(
+                    f"study '{study.name}': rows '{other.variant}' seed {other.seed} (cell {other.cell}) and "
+                    f"'{row.variant}' seed {row.seed} (cell {row.cell}) differ in their {what} fingerprint "
+                    f"({theirs[:12]} and {found[:12]}); rerun one of them, they cannot be compared"
+                )

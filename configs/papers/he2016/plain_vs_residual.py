@@ -1,0 +1,54 @@
+"""Residual against plain networks as depth grows: He et al. 2016 (arXiv:1512.03385), 4.2, figure 6 and table 6.
+
+    bigmodel study run configs/papers/he2016/plain_vs_residual.py --workdir runs/plain_vs_residual --processes 2
+    bigmodel train --config configs/papers/he2016/plain_vs_residual.py:residual44 --workdir runs/residual44
+
+The paper trains depths 20 to 110 for 64,000 steps on CIFAR-10. Here: the same networks, two thirds as wide as
+there (and thinner at full size), on 8x8 digits, 300 steps. What must carry over is the direction of the effect, on the
+training set as much as on the held-out one: plain networks get worse with depth, residual ones do not.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import resnet_cifar10
+
+DEPTHS = (8, 20, 44)
+
+
+def get_study():
+    config = ConfigDict()
+    config.steps = 300
+    config.batch_size = 64
+    config.model = dict(name="resnet", depth=20, channels=8, zero_init=False, bn_group=64)
+    config.objective = dict(name="classification")
+    config.optimizer = dict(name="momentum", lr=0.1, decay="l2", weight_decay=1e-4, groups=((".*", {}),))
+    config.schedule = dict(name="piecewise", boundaries=(0.5, 0.75), factor=0.1, warmup=10)
+    config.data = dict(name="digits", pad_crop=1, mean=(0.305,), std=(0.376,))
+    config.eval = dict(every=100, batch_size=360)
+    config.checkpoint = dict(every=150)
+    config.log = dict(every=10, tensorboard=False)
+    return dict(
+        name="plain_vs_residual",
+        title="Residual against plain networks as depth grows",
+        source="He et al. 2016 (arXiv:1512.03385), section 4.2, figure 6 and table 6",
+        base=config,
+        variants={
+            f"{kind}{depth}": {"model.shortcut": kind == "residual", "model.depth": depth}
+            for kind in ("plain", "residual") for depth in DEPTHS
+        },
+        seeds=(0, 1, 2, 3, 4),
+        metric="validation/loss",
+        mode="min",
+        baseline="plain8",
+        claims=(
+            dict(better="residual44", worse="plain44", text="At depth 44 the residual network is better"),
+            dict(better="plain8", worse="plain44", text="A plain network gets worse as it gets deeper"),
+            dict(better="residual20", worse="plain20", text="At depth 20 the residual network is better"),
+        ),
+        # Plain networks are in figure 6 only, as curves; table 6 has the residual ones.
+        published={"residual20": 8.75, "residual44": 7.17},
+        published_metric="test error on CIFAR-10, %",
+        published_source="He et al. 2016, table 6 (ResNet-20 and ResNet-44)",
+        full=resnet_cifar10.get_config("plain56"),
+        budget_minutes=30,
+    )
