@@ -59,6 +59,7 @@ setup(
             "safetensors>=0.6,<0.9",
             "tensorboard>=2.20,<3",
             "pyyaml>=6,<7",
+            "statsmodels>=0.14.4,<0.16",
             "lm-eval>=0.4.9,<0.5",
         ],
     },
