@@ -78,7 +78,7 @@ def _pairs(exp: Experiment, columns: Any, pipeline: Pipeline, batches: int, leng
 def predict(exp: Experiment, variables: Any, asked: Task, rows: int) -> list[str]:
     """Greedy answers, in order; `rows` inputs at a time, those of about one length together."""
     tokenizer = exp.data.tokenizer
-    model = Generator(exp.model, variables, mesh=exp.mesh, eos=(tokenizer.eos,), pad=tokenizer.pad)
+    model = Generator(exp.model, variables, layout=exp.layout, eos=(tokenizer.eos,), pad=tokenizer.pad)
 
     def answer(places: Sequence[int]) -> list[str]:
         sources = None if asked.sources is None else [asked.sources[i] for i in places]

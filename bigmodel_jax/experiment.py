@@ -27,7 +27,9 @@ from bigmodel_jax.learn.objectives import OBJECTIVES, Objective
 from bigmodel_jax.models import MODELS
 from bigmodel_jax.models.lora import lora
 from bigmodel_jax.models.model import Model
+from bigmodel_jax.parallel import legal
 from bigmodel_jax.parallel.mesh import check_batch, fill, make_mesh
+from bigmodel_jax.parallel.rules import Layout
 from bigmodel_jax.sections import (
     PLAIN,
     Optimizer,
@@ -63,9 +65,13 @@ class Experiment:
     objective: Objective
     learning_rate: Callable[[Any], Any]
     tx: Any
-    mesh: jax.sharding.Mesh
+    layout: Layout
     spec: dict[str, tuple[tuple[int, ...], Any]]
     data: Loaded | None
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh:
+        return self.layout.mesh
 
     def section(self, name: str) -> Any:
         """A plain section as its frozen dataclass, for example `section("eval").every`."""
@@ -249,14 +255,14 @@ def build(
     config = json.loads(json.dumps(config), object_hook=_tuples)
     run = Run(**{leaf: config[leaf] for leaf in schema.leaves(Run)})
     _check_sizes(run, config)
-    mesh = make_mesh(config["mesh"], devices)
+    layout = _layout(devices=devices, **config["mesh"])
     dataset = DATASETS[config["data"]["name"]](**_without_name(config["data"]))
     data = None
     if load:
         data = dataset.load(
             seed=run.seed,
             batch_size=run.batch_size,
-            eval_batch_size=fill(config["eval"]["batch_size"], mesh),
+            eval_batch_size=fill(config["eval"]["batch_size"], layout.mesh),
             progress=progress,
         )
     _fit_model_to_data(config, data)
@@ -272,17 +278,42 @@ def build(
     tx = optim.make(shapes["params"], lr=learning_rate, axes=axes["params"], **options)
     experiment = Experiment(
         config=config, model=model, objective=objective, learning_rate=learning_rate, tx=tx,
-        mesh=mesh, spec=dataset.spec(), data=data,
+        layout=layout, spec=dataset.spec(), data=data,
     )  # fmt: skip
     for size in experiment.batch_sizes():
-        accumulation, _ = experiment.cut(size)
+        accumulation, rows = experiment.cut(size)
+        legal.check(layout, _facts(config, experiment.spec, rows))
         if accumulation > 1 and not objective.additive:
             raise InputError(
                 f"objective '{config['objective']['name']}' is not a sum over examples, so microbatch "
                 f"must be 0 or {size}"
             )
-        _check_groups(config["model"], *experiment.cut(size))
+        _check_groups(config["model"], accumulation, rows)
     return experiment
+
+
+def _layout(
+    *, devices: Sequence[Any] | None, slices: int, context_by: str, microbatches: int, repeats: int, zero: int,
+    offload: str, **sizes: int,
+) -> Layout:  # fmt: skip
+    """The section `mesh` as a value."""
+    mesh = make_mesh(sizes, devices, slices)
+    return Layout(
+        mesh, context=context_by, microbatches=microbatches, repeats=repeats, zero=zero, offload=offload
+    )
+
+
+def _facts(config: Mapping[str, Any], fields: Mapping[str, Any], rows: int) -> legal.Facts:
+    """What of this experiment a layout depends on."""
+    model = config["model"]
+    attends = "num_heads" in model
+    layers = (model["num_layers"], *filter(None, [model.get("decoder_layers", 0)])) if attends else ()
+    lengths = {fields[name][0][0] for name in ("tokens", "source") if name in fields} if attends else ()
+    experts = model.get("num_experts", 0)
+    return legal.Facts(
+        model["name"], stacks=layers, lengths=tuple(sorted(lengths)), heads=model.get("num_heads", 0),
+        experts=experts, rows=rows, grouped=bool(experts and model["expert_group"] != 1),
+    )  # fmt: skip
 
 
 def _check_groups(model: Mapping[str, Any], accumulation: int, rows: int) -> None:

@@ -70,7 +70,7 @@ class Bigmodel(TemplateLM):
         self.batch_size, self.max_gen_toks, self.prefix = batch_size, max_gen_toks, prefix
         self._score = jax.jit(self._sums)
         self.generator = Generator(
-            self.exp.model, self.variables, mesh=self.exp.mesh, eos=(self.tokenizer.eos,), pad=self.tokenizer.pad
+            self.exp.model, self.variables, layout=self.exp.layout, eos=(self.tokenizer.eos,), pad=self.tokenizer.pad
         )
 
     @property
@@ -93,7 +93,7 @@ class Bigmodel(TemplateLM):
 
     def _sums(self, variables: Any, tokens: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple:
         """(log-probability [B] of the weighted targets, whether each of them is the most likely [B])."""
-        with rules.use(self.exp.mesh):
+        with rules.use(self.exp.layout):
             out = self.exp.model.apply(variables, tokens=tokens, train=False)
             chunk = self.exp.config["objective"].get("chunk", 0)
             nats, right = token_losses(out.hidden, out.head, targets, chunk=chunk)

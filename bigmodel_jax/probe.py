@@ -38,7 +38,7 @@ def features(exp: Experiment, programs: Programs, state: Any, pipeline: Pipeline
 
     def record(state: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         inputs = {name: batch[name] for name in names if name in batch}
-        with rules.use(exp.mesh):
+        with rules.use(exp.layout):
             hidden = exp.model.apply(states.variables(state), train=False, **inputs).hidden.astype(jnp.float32)
         if hidden.ndim == 3:  # no pooled state: the mean over real tokens
             real = (batch["segments"] > 0)[..., None] if "segments" in batch else jnp.ones(hidden.shape[:2] + (1,))

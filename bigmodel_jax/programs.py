@@ -73,7 +73,7 @@ class Programs:
         )
         shapes = jax.eval_shape(self._create, jax.random.key(0))
         _, self.axes = exp.model.abstract()
-        self.shardings = states.shardings(shapes, self.axes, exp.mesh)
+        self.shardings = states.shardings(shapes, self.axes, exp.layout)
         self.state = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
             shapes, self.shardings,
@@ -137,8 +137,8 @@ class Programs:
             lr=exp.learning_rate,
             guard=steps.Guard(spike=guard.spike_factor, skip=True),
             ema=self.ema,
-            mesh=exp.mesh,
-            shardings=self.shardings,
+            layout=exp.layout,
+            gradients=states.gradients(self.state, self.axes, exp.layout),
             frozen=optim.frozen(settings["groups"], params, self.axes["params"], settings["freeze_layers"]),
             frozen_rows=layers.frozen_rows(params, self.axes["params"], settings["freeze_layers"]),
             norms=2 if exp.section("log").norms else 0,
@@ -165,7 +165,7 @@ class Programs:
     def lower_evaluate(self, rows: int, spec: Any) -> Any:
         """The evaluation step for batches of `rows` with the fields of `spec`, lowered."""
         exp = self.exp
-        fn = steps.make_eval_step(exp.model.apply, exp.objective, mesh=exp.mesh, ema=self.ema > 0)
+        fn = steps.make_eval_step(exp.model.apply, exp.objective, layout=exp.layout, ema=self.ema > 0)
         batch = abstract_batch(spec, self.eval_sharding, (rows,))
         return steps.jit_eval_step(fn, self.shardings, exp.mesh).lower(self.state, batch)
 
@@ -185,7 +185,7 @@ class Programs:
         exp = self.exp
         if exp.objective.records is None:
             raise InputError(f"objective '{exp.config['objective']['name']}' gives no per-example records")
-        fn = steps.make_record_step(exp.model.apply, exp.objective, mesh=exp.mesh, ema=self.ema > 0)
+        fn = steps.make_record_step(exp.model.apply, exp.objective, layout=exp.layout, ema=self.ema > 0)
         batch = abstract_batch(spec, self.eval_sharding, (rows,))
         return steps.jit_eval_step(fn, self.shardings, exp.mesh).lower(self.state, batch).compile()
 

@@ -45,11 +45,25 @@ class Eval:
 
 @dataclass(frozen=True)
 class MeshSize:
-    """Devices per mesh axis; one may be -1, "the rest"."""
+    """Devices per mesh axis (parallel/mesh.py says what each cuts); one may be -1, "the rest".
+
+    slices: groups of devices with a slow network between them, which only the data axis crosses. The other
+    leaves are those of `Layout` in parallel/rules.py: context_by: "ring" or "ulysses". microbatches, repeats: of a
+    pipeline. zero: 3, or 1 for optimizer state only. offload: "" or "optimizer".
+    """
 
     data: int = -1
+    stage: int = 1
     fsdp: int = 1
+    expert: int = 1
+    context: int = 1
     tensor: int = 1
+    slices: int = 1
+    context_by: str = "ring"
+    microbatches: int = 0
+    repeats: int = 1
+    zero: int = 3
+    offload: str = ""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class Speaker:
         self.paired = exp.model.encode is not None
         self.sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
         self.generator = Generator(
-            exp.model, programs.eval_variables(state), mesh=exp.mesh, int8=args.int8_cache,
+            exp.model, programs.eval_variables(state), layout=exp.layout, int8=args.int8_cache,
             eos=(self.tokenizer.eos,), pad=self.tokenizer.pad,
         )  # fmt: skip
 

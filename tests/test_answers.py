@@ -23,7 +23,7 @@ def exp(tmp_path):
     dataset = DATASETS["pairs"](files=str(file), validation=str(file), source_length=8, length=8)
     data = dataset.load(seed=0, batch_size=4, eval_batch_size=3)
     model = SimpleNamespace(encode=True, cache=True)
-    return SimpleNamespace(data=data, model=model, spec=dataset.spec(), mesh=None)
+    return SimpleNamespace(data=data, model=model, spec=dataset.spec(), layout=None)
 
 
 def upper(exp):

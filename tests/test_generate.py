@@ -16,6 +16,7 @@ from bigmodel_jax.generate.sampling import penalise
 from bigmodel_jax.models import MODELS
 from bigmodel_jax.parallel import rules
 from bigmodel_jax.parallel.mesh import make_mesh
+from bigmodel_jax.parallel.rules import Layout
 
 GREEDY = Sampling(temperature=0.0)
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6], [5, 3, 5]]
@@ -115,7 +116,7 @@ def test_a_mesh_generates_the_same_tokens(decoder, alone):
     shapes, axes = model.abstract()
     spread = jax.device_put(variables, rules.shardings(axes, shapes, mesh))
     assert any(len(set(leaf.sharding.shard_shape(leaf.shape)) - set(leaf.shape)) for leaf in jax.tree.leaves(spread))
-    found = Generator(model, spread, mesh=mesh)(PROMPTS, length=9, key=KEY, sampling=GREEDY)
+    found = Generator(model, spread, layout=Layout(mesh))(PROMPTS, length=9, key=KEY, sampling=GREEDY)
     assert [row.tokens for row in found] == [row.tokens for row in alone]
     for row, other in zip(found, alone, strict=True):
         np.testing.assert_allclose(row.logprobs, other.logprobs, atol=1e-5)

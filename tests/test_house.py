@@ -34,7 +34,7 @@ ONLY = {
     "ml_collections": {"experiment"},
     "lm_eval": {"harness"},
 }
-MESH_AXES = {"data", "fsdp", "tensor"}
+MESH_AXES = {"data", "stage", "fsdp", "expert", "context", "tensor"}
 BANNED = re.compile(r"(^|/)(utils?|helpers?|managers?|misc|common)\.py$")
 
 

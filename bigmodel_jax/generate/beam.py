@@ -39,7 +39,7 @@ def beam_search(
     """
     if beams < 1 or length < 1:
         raise InputError(f"beams {beams} and length {length} should be at least 1")
-    with rules.use(generator.mesh):
+    with rules.use(generator.layout):
         tokens, lengths, inputs = generator.prepare(prompts, length, sources)
         start, cache = _prefill(
             generator.laid(), tokens, lengths, inputs,

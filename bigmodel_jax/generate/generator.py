@@ -39,20 +39,20 @@ class Generator:
     """A model ready to generate. The weights are laid out once, at the first use.
 
     Args:
-      mesh: where `variables` live; None for one device.
+      layout: of `variables`; None for one device.
       int8: keep keys and values as int8, a quarter of their size.
       eos: tokens that end a row.
     """
 
     def __init__(
-        self, model: Model, variables: Any, *, mesh: Any = None, int8: bool = False,
+        self, model: Model, variables: Any, *, layout: rules.Layout | None = None, int8: bool = False,
         eos: Sequence[int] = (), pad: int = 0,
     ):  # fmt: skip
         if model.cache is None:
             raise InputError("generation needs a decoder; this model keeps no key-value cache")
         if int8 and not model.blocks:
             raise InputError("an int8 cache needs keys and values; this model's cache holds something else")
-        self.model, self.mesh, self.int8 = model, mesh, int8
+        self.model, self.layout, self.int8 = model, layout, int8
         self.variables = jax.tree.map(jnp.asarray, variables)
         self.eos, self.pad = tuple(int(end) for end in eos if end >= 0), int(pad)
         self._laid: Any = None
@@ -117,7 +117,7 @@ class Generator:
         """
         if length < 1:
             raise InputError(f"length {length}: ask for at least one new token")
-        with rules.use(self.mesh):
+        with rules.use(self.layout):
             yield from self._stream(prompts, length, key, sampling, sources, piece, ended)
 
     def _stream(self, prompts, length, key, sampling, sources, piece, ended) -> Iterator[list[Continuation]]:

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bigmodel_jax import mup
 from bigmodel_jax import tree as trees
 from bigmodel_jax.errors import InputError, nearest
 from bigmodel_jax.learn import layers
@@ -42,19 +43,22 @@ class Rule:
     """init(p) -> slots; update(g, slots, p, t, keep) -> (direction, slots).
 
     t is 1 at the first update; every slot returned is keep(new, old), and the direction is made
-    of kept slots where the algorithm allows it.
+    of kept slots where the algorithm allows it. growth: how the learning rate follows the width.
     """
 
     init: Callable[[Any], Slots]
     update: Callable[..., tuple[jax.Array, Slots]]
+    growth: mup.LearningRate = mup.entrywise
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """What a rule may know of its parameter: shape and logical axes (None where not given)."""
+    """What a rule may know of its parameter: shape, logical axes (None where not given), and how large its
+    gradient is over that of the base model (mup.py)."""
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...] | None
+    gradient: float = 1.0
 
     @property
     def stacked(self) -> int:
@@ -91,7 +95,7 @@ def adam(
         mu = kept if kept.dtype == g.dtype else mu  # a narrow moment is only stored narrow
         c1, c2 = (1 - b1**t, 1 - b2**t) if bias_correction else (1.0, 1.0)
         # Scalars first: one division and one root per element.
-        direction = (mu / c1) / (jnp.sqrt(nu / c2) + eps)
+        direction = (mu / c1) / (jnp.sqrt(nu / c2) + eps * leaf.gradient)
         return direction, {"mu": kept, "nu": nu}
 
     return Rule(lambda p: {"mu": _zeros(p, mu_dtype), "nu": _zeros(p)}, update)
@@ -99,7 +103,7 @@ def adam(
 
 def sgd(leaf: Leaf) -> Rule:
     """Plain gradient descent, no slots."""
-    return Rule(lambda p: {}, lambda g, s, p, t, keep: (g, {}))
+    return Rule(lambda p: {}, lambda g, s, p, t, keep: (g, {}), mup.gradient)
 
 
 def momentum(leaf: Leaf, beta: float = 0.9) -> Rule:
@@ -109,7 +113,7 @@ def momentum(leaf: Leaf, beta: float = 0.9) -> Rule:
         v = keep(beta * s["momentum"] + g, s["momentum"])
         return v, {"momentum": v}
 
-    return Rule(lambda p: {"momentum": _zeros(p)}, update)
+    return Rule(lambda p: {"momentum": _zeros(p)}, update, mup.gradient)
 
 
 def nesterov(leaf: Leaf, beta: float = 0.9) -> Rule:
@@ -119,7 +123,7 @@ def nesterov(leaf: Leaf, beta: float = 0.9) -> Rule:
         v = keep(beta * s["momentum"] + g, s["momentum"])
         return g + beta * v, {"momentum": v}
 
-    return Rule(lambda p: {"momentum": _zeros(p)}, update)
+    return Rule(lambda p: {"momentum": _zeros(p)}, update, mup.gradient)
 
 
 def lion(leaf: Leaf, b1: float = 0.9, b2: float = 0.99, mu_dtype: str = "") -> Rule:
@@ -188,7 +192,7 @@ def adafactor(
             direction = direction * jnp.maximum(rms(p), eps_scale)
         return direction, slots
 
-    return Rule(init, update)
+    return Rule(init, update, mup.relative if scale_by_parameter else mup.entrywise)
 
 
 def muon(
@@ -218,7 +222,7 @@ def muon(
         x = muon_rule.orthogonalize(x, steps).astype(v.dtype)
         return scale * math.sqrt(max(shape[1:])) * x.reshape(v.shape), {"momentum": v}
 
-    return Rule(lambda p: {"momentum": _zeros(p)}, update)
+    return Rule(lambda p: {"momentum": _zeros(p)}, update, mup.orthogonal)
 
 
 OPTIMIZERS: dict[str, Callable[..., Rule]] = {
@@ -297,6 +301,7 @@ def make(
     groups: Groups = DEFAULT_GROUPS,
     layer_decay: float = 1.0,
     freeze_layers: int = 0,
+    ratio: mup.Ratio = mup.Ratio(),
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Build the optimizer for these parameters.
@@ -311,6 +316,7 @@ def make(
         "none": weight_decay must be 0.
       groups: ordered (regex, {"lr": multiplier, "decay": multiplier, "freeze": bool}).
       layer_decay, freeze_layers: see layers.py; both need `axes`.
+      ratio: of the model to the one whose `lr` and `weight_decay` these are; see mup.py. Needs `axes`.
       options: of the named optimizer.
 
     Returns:
@@ -333,16 +339,30 @@ def make(
         settings[path] = settings[path] | {"lr": settings[path]["lr"] * factor}
     flat_axes = trees.flatten(axes, is_leaf=lambda a: isinstance(a, tuple)) if axes else {}
     rules = {
-        path: rule(Leaf(tuple(leaf.shape), flat_axes.get(path)))
+        path: rule(Leaf(tuple(leaf.shape), flat_axes.get(path), mup.gradient_size(flat_axes.get(path), ratio)))
         for path, leaf in trees.flatten(params).items()
         if not settings[path]["freeze"]
     }
+    if ratio.width != 1:
+        _follow_width(settings, rules, flat_axes, ratio.width, decay)
     return optax.GradientTransformationExtraArgs(
         lambda p: _init(rules, p),
         lambda g, s, p=None, *, good=None, **_: _update(
             rules, settings, lr, clip, decay, weight_decay, g, s, p, good
         ),
     )
+
+
+def _follow_width(
+    settings: dict[str, dict[str, Any]], rules: Mapping[str, Rule], axes: Mapping[str, Any], width: float, decay: str
+) -> None:
+    """Scale the learning rates; learning rate times decay stays as it was."""
+    if decay == "l2":
+        raise InputError("decay 'l2' passes through the moments and has no counterpart at another width; name it decoupled")
+    for path, rule in rules.items():
+        factor = rule.growth(*mup.growth(axes[path], width))
+        own = settings[path]
+        settings[path] = own | {"lr": own["lr"] * factor, "decay": own["decay"] / factor}
 
 
 def _init(rules: Mapping[str, Rule], params: Any) -> dict[str, Any]:

@@ -16,10 +16,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from bigmodel_jax import tree as trees
-from bigmodel_jax.parallel import rules as layout
+from bigmodel_jax.parallel.rules import Layout
+from bigmodel_jax.parallel.rules import shardings as places
+
+# Memory of the host that a device reads by itself.
+HOST = "pinned_host"
 
 State = dict[str, Any]
 
@@ -76,37 +80,43 @@ def create(
     return state
 
 
-def shardings(
-    abstract: State, axes: dict[str, Any], mesh: Mesh, rules: layout.Rules = layout.RULES
-) -> State:
+def shardings(abstract: State, axes: dict[str, Any], layout: Layout) -> State:
     """Tree of NamedSharding for every leaf of the state.
 
     Args:
       abstract: `jax.eval_shape` of the state.
       axes: {"params": logical axes, "stats": logical axes} (from Model.abstract).
     """
-    params = trees.flatten(layout.shardings(axes["params"], abstract["params"], mesh, rules))
+    mesh, rules = layout.mesh, layout.rules
+    params = trees.flatten(gradients(abstract, axes, layout))
+    weights = trees.flatten(places(axes["params"], abstract["params"], mesh, layout.weights))
     shapes = {path: leaf.shape for path, leaf in trees.flatten(abstract["params"]).items()}
-    stats = layout.shardings(axes.get("stats", {}), abstract["stats"], mesh, rules)
+    stats = places(axes.get("stats", {}), abstract["stats"], mesh, rules)
     whole = NamedSharding(mesh, PartitionSpec())
 
     def of_slot(path: str, leaf: Any) -> NamedSharding:
         owner = _owner(path, params)
-        return whole if owner is None else _like(params[owner], shapes[owner], leaf.shape)
+        found = whole if owner is None else _like(params[owner], shapes[owner], leaf.shape)
+        return found.with_memory_kind(HOST) if layout.offload == "optimizer" and leaf.ndim else found
 
     out = {
         key: jax.tree.map(lambda _: whole, value)
         for key, value in abstract.items()
         if key not in ("params", "stats", "opt", "ema", "frozen")
     }
-    out["params"] = trees.map_paths(lambda path, _: params[path], abstract["params"])
+    out["params"] = trees.map_paths(lambda path, _: weights[path], abstract["params"])
     out["stats"] = stats
     out["opt"] = trees.map_paths(of_slot, abstract["opt"])
     if "frozen" in abstract:
-        out["frozen"] = layout.shardings(axes["frozen"], abstract["frozen"], mesh, rules)
+        out["frozen"] = places(axes["frozen"], abstract["frozen"], mesh, layout.weights)
     if "ema" in abstract:
-        out["ema"] = out["params"]
+        out["ema"] = trees.map_paths(lambda path, _: params[path], abstract["ema"])
     return out
+
+
+def gradients(abstract: State, axes: dict[str, Any], layout: Layout) -> Any:
+    """Tree of NamedSharding of the gradients: cut as the optimizer's slots are, also under ZeRO-1."""
+    return places(axes["params"], abstract["params"], layout.mesh, layout.rules)
 
 
 def _owner(path: str, params: dict[str, Any]) -> str | None:

@@ -25,7 +25,7 @@ from bigmodel_jax.learn import layers, optim
 from bigmodel_jax.learn import state as states
 from bigmodel_jax.learn.objectives import Objective
 from bigmodel_jax.parallel import mesh as meshes
-from bigmodel_jax.parallel import rules as layout
+from bigmodel_jax.parallel.rules import Layout, use
 
 State = dict[str, Any]
 Batch = dict[str, jax.Array]
@@ -55,9 +55,8 @@ def make_train_step(
     lr: Callable[[jax.Array], jax.Array] | None = None,
     guard: Guard = Guard(),
     ema: float = 0.0,
-    mesh: Mesh | None = None,
-    rules: layout.Rules = layout.RULES,
-    shardings: State | None = None,
+    layout: Layout | None = None,
+    gradients: Any = None,
     frozen: frozenset[str] = frozenset(),
     frozen_rows: Mapping[str, int] = MappingProxyType({}),
     norms: int = 0,
@@ -72,8 +71,8 @@ def make_train_step(
       tx: from `optim.make`; it leaves its own state alone when told that the step is bad.
       lr: only to report it.
       ema: decay of the averaged parameters, for a state that has them.
-      mesh, rules: layout under which the model is traced; None for one device.
-      shardings: of the state; gradients are pinned to those of the parameters.
+      layout: under which the model is traced; None for one device.
+      gradients: tree of shardings that gradients are pinned to (see state.gradients).
       frozen: paths of parameters that get neither gradient nor update. frozen_rows: {path: leading rows} of
         stacked layers that get no gradient (tx leaves them alone).
       norms: depth of parameter path at which gradient, parameter and update norms are reported as
@@ -85,16 +84,18 @@ def make_train_step(
     Raises:
       InputError: A > 1 for an objective that is not a sum over examples.
     """
-    pinned = shardings["params"] if shardings is not None and mesh is not None else None
+    offloaded = layout is not None and layout.offload == "optimizer"
 
     def train_step(state: State, batch: Batch, key: jax.Array) -> tuple[State, StepMetrics]:
-        with layout.use(mesh, rules):
+        with use(layout):
             trained, fixed = _split(state["params"], frozen)
-            run = _accumulate(apply, objective, state, fixed, frozen_rows, batch, key, _pin(pinned))
+            run = _accumulate(apply, objective, state, fixed, frozen_rows, batch, key, _pin(gradients))
             loss, grads, metrics, updates = run(trained)
             grad_norm = optim.global_norm(grads)
             counters, verdict = _judged(state["guard"], guard, loss, grad_norm)
             keep = ~verdict["skipped"] if guard.skip else None
+            if offloaded:
+                state = state | {"opt": jax.device_put(state["opt"], jax.memory.Space.Device)}
             new, change = _updated(state, grads, updates, merge, tx, ema, keep)
             new["guard"] = counters
             if norms:
@@ -113,11 +114,11 @@ def _split(params: Any, frozen: frozenset[str]) -> tuple[dict[str, Any], dict[st
     return trained, {path: leaf for path, leaf in flat.items() if path in frozen}
 
 
-def _pin(shardings: Any) -> Callable[[dict[str, jax.Array]], dict[str, jax.Array]]:
-    """Keep gradients where their parameters live: a reduce-scatter instead of an all-reduce."""
-    if shardings is None:
+def _pin(gradients: Any) -> Callable[[dict[str, jax.Array]], dict[str, jax.Array]]:
+    """Keep gradients where their optimizer slots live: a reduce-scatter instead of an all-reduce."""
+    if gradients is None:
         return lambda flat: flat
-    places = trees.flatten(shardings)
+    places = trees.flatten(gradients)
     return lambda flat: {
         path: jax.lax.with_sharding_constraint(leaf, places[path]) for path, leaf in flat.items()
     }
@@ -266,8 +267,7 @@ def make_eval_step(
     apply: Callable[..., Any],
     objective: Objective,
     *,
-    mesh: Mesh | None = None,
-    rules: layout.Rules = layout.RULES,
+    layout: Layout | None = None,
     ema: bool = False,
 ) -> Callable[[State, Batch], dict[str, tuple[jax.Array, jax.Array]]]:
     """Build eval_step(state, batch) -> {metric: (sum, weight)}, to be added up over batches.
@@ -281,7 +281,7 @@ def make_eval_step(
 
     def eval_step(state: State, batch: Batch) -> dict[str, tuple[jax.Array, jax.Array]]:
         variables = states.variables(state, ema)
-        with layout.use(mesh, rules):
+        with use(layout):
             terms, metrics, _ = objective(apply, variables, batch, None, False)
             weights = objective.weights(batch)
         return metrics | {term: (total, weights[term]) for term, total in terms.items()}
@@ -293,15 +293,14 @@ def make_record_step(
     apply: Callable[..., Any],
     objective: Objective,
     *,
-    mesh: Mesh | None = None,
-    rules: layout.Rules = layout.RULES,
+    layout: Layout | None = None,
     ema: bool = False,
 ) -> Callable[[State, Batch], dict[str, jax.Array]]:
     """Build record_step(state, batch) -> {name: [M, ...]}, the objective's record of each row."""
 
     def record_step(state: State, batch: Batch) -> dict[str, jax.Array]:
         variables = states.variables(state, ema)
-        with layout.use(mesh, rules):
+        with use(layout):
             return objective.records(apply, variables, batch)
 
     return record_step

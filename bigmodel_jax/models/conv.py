@@ -145,8 +145,8 @@ def cpu_gradients(
     small = _small(x.shape, kernel.shape, stride, pads)
     way = patch_conv if small else lax_conv
     (dx,) = jax.vjp(lambda a: way(a, kernel, stride, pads), x)[1](dy)
-    mesh = active()
-    if not small and prefers_rows(dy.shape, kernel.shape, stride) and (mesh is None or mesh.size == 1):
+    layout = active()
+    if not small and prefers_rows(dy.shape, kernel.shape, stride) and (layout is None or layout.mesh.size == 1):
         return dx, rows_kernel_gradient(x, dy, kernel.shape, pads)
     return dx, jax.vjp(lambda b: way(x, b, stride, pads), kernel)[1](dy)[0]
 

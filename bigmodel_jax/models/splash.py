@@ -32,9 +32,10 @@ def splash(
     def local(q, k, v, segments):
         return _local(q, k, v, segments, mask.causal, mask.window, rule, interpret)
 
-    mesh = rules.active()
-    if mesh is None or mesh.size == 1:
+    layout = rules.active()
+    if layout is None or layout.mesh.size == 1:
         return local(q, k, v, segments)
+    mesh = layout.mesh
     heads = rules.spec(_HEADS, q.shape, mesh)
     if rules.spec(_HEADS, k.shape, mesh) != heads:
         # Fewer groups than head shards: give every head its own copy of its group.

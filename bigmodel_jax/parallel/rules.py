@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bigmodel_jax import tree as trees
 from bigmodel_jax.errors import InputError, nearest
+from bigmodel_jax.parallel.mesh import BATCH_AXES
 
 Rules = tuple[tuple[str, tuple[str, ...]], ...]
 
@@ -30,10 +32,19 @@ LOGICAL = (
     "layers", "norm", "conv_in", "conv_out", "classes", "spatial", "positions", "experts",
 )  # fmt: skip
 
+# Of a weight, the dimensions that an fsdp axis may cut: the one that is gathered before use, or,
+# where that one does not divide (3 input channels, an odd width), another.
+CUT = (
+    "embed", "conv_in", "mlp", "conv_out", "vocab", "heads", "kv_heads", "head_dim", "positions", "classes",
+    "experts",
+)  # fmt: skip
+STATE_AXES = ("fsdp", "expert", "context")
+
 RULES: Rules = (
-    ("batch", ("data", "fsdp")),
-    ("batch", ("data",)),
-    ("batch", ("fsdp",)),
+    *(("batch", group) for size in (3, 2, 1) for group in itertools.combinations(BATCH_AXES, size)),
+    ("length", ("context",)),
+    ("layers", ("stage",)),
+    ("experts", ("expert",)),
     # Megatron: one dimension of every matrix, so that a pair of matmuls costs one all-reduce.
     ("vocab", ("tensor",)),
     ("vocab_act", ("tensor",)),  # of a table being read: whole over fsdp, which cuts the rows that are read
@@ -43,20 +54,41 @@ RULES: Rules = (
     ("classes", ("tensor",)),
     # conv_out is not on "tensor": with batch cut over data and fsdp as well, XLA's partitioner
     # (jax 0.10.2 on CPU) then gives wrong kernel gradients; tests/invariants found it.
-    # FSDP: the dimension that is gathered before use ...
-    ("embed", ("fsdp",)),
-    ("conv_in", ("fsdp",)),
-    # ... or, where that one does not divide (3 input channels, an odd width), another.
-    ("mlp", ("fsdp",)),
-    ("conv_out", ("fsdp",)),
-    ("vocab", ("fsdp",)),
-    ("heads", ("fsdp",)),
-    ("kv_heads", ("fsdp",)),
-    ("head_dim", ("fsdp",)),
-    ("positions", ("fsdp",)),
-    ("classes", ("fsdp",)),
-    ("experts", ("fsdp",)),
+    *((name, (axis,)) for axis in STATE_AXES for name in CUT),
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where everything lives, and how what is cut is put together: the value behind the mesh section of a config.
+
+    context: how attention crosses the context axis, "ring" (keys and values travel) or "ulysses" (heads and
+      length change places).
+    microbatches: of a pipeline; 0 is as many as stages. repeats: pieces of the stack on each stage (circular).
+    zero: 3 cuts parameters and optimizer state over the fsdp axes, 1 the optimizer state alone.
+    offload: "optimizer" keeps the optimizer state in host memory between steps.
+    """
+
+    mesh: Mesh
+    rules: Rules = RULES
+    context: str = "ring"
+    microbatches: int = 0
+    repeats: int = 1
+    zero: int = 3
+    offload: str = ""
+
+    @property
+    def weights(self) -> Rules:
+        """The rules of parameters while they are used: whole over the fsdp axes under ZeRO-1."""
+        if self.zero == 3:
+            return self.rules
+        kept = (("experts", ("expert",)),)
+        return tuple(rule for rule in self.rules if rule in kept or not set(rule[1]) <= set(STATE_AXES))
+
+    def size(self, axis: str) -> int:
+        """Devices along a mesh axis."""
+        return self.mesh.shape[axis]
+
 
 # jit caches must see the active layout, or a function traced under one mesh would be reused
 # under another: hence a jax context and not a ContextVar of our own.
@@ -64,15 +96,15 @@ _active = jax.make_user_context(default_value=None)
 
 
 @contextlib.contextmanager
-def use(mesh: Mesh | None, rules: Rules = RULES) -> Iterator[None]:
-    """Make `mesh` the one that `constrain` refers to. None switches constraints off."""
-    with _active(None if mesh is None else (mesh, rules)):
+def use(layout: Layout | None) -> Iterator[None]:
+    """Make `layout` the one that `constrain` refers to. None switches constraints off."""
+    with _active(layout):
         yield
 
 
-def active() -> Mesh | None:
-    """The mesh of the innermost `use`, or None."""
-    return _active.value[0] if _active.value else None
+def active() -> Layout | None:
+    """The layout of the innermost `use`, or None."""
+    return _active.value
 
 
 def _check(names: Sequence[str | None], shape: Sequence[int]) -> None:
@@ -97,15 +129,15 @@ def spec(
     """
     _check(axes, shape)
     placed: list[tuple[str, ...]] = [()] * len(shape)
-    # An activation's fsdp axis belongs to its batch dimension, divisible or not: falling back to
+    # An activation's fsdp axes belong to its batch and length, divisible or not: falling back to
     # a feature dimension would trade a replicated batch for a gather in every layer.
-    used = {"data", "fsdp"} if "batch" in axes else set()
+    used = {"data", *STATE_AXES} if "batch" in axes else set()
     for logical, group in rules:
         group = tuple(axis for axis in group if mesh.shape[axis] > 1)
         for d, name in enumerate(axes):
             if name != logical or not group:
                 continue
-            free = not placed[d] if name == "batch" else not used.intersection(group)
+            free = not placed[d] if name in ("batch", "length") else not used.intersection(group)
             pieces = math.prod(mesh.shape[axis] for axis in placed[d] + group)
             if free and shape[d] % pieces == 0:
                 placed[d] = placed[d] + group
@@ -118,13 +150,13 @@ def spec(
 
 def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     """Pin an activation to its layout; returns `x` itself without an active mesh."""
-    if _active.value is None:
+    layout = active()
+    if layout is None:
         return x
-    mesh, rules = _active.value
-    placed = spec(axes, x.shape, mesh, rules)
-    if mesh.size == 1:
+    placed = spec(axes, x.shape, layout.mesh, layout.rules)
+    if layout.mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, placed))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, placed))
 
 
 def _is_axes(leaf: Any) -> bool:
@@ -154,7 +186,7 @@ class Whole:
     shape: tuple[int, ...]
     bytes_per_device: int
     missing: tuple[str, ...]
-    """Mesh axes ("fsdp", "tensor") of size > 1 that hold equal copies of this leaf."""
+    """Mesh axes ("fsdp", "tensor" and so on) of size > 1 that hold equal copies of this leaf."""
 
     def __str__(self) -> str:
         kept = " and ".join(self.missing)
@@ -162,9 +194,9 @@ class Whole:
 
 
 def report(axes: Any, shapes: Any, mesh: Mesh, rules: Rules = RULES) -> list[Whole]:
-    """Leaves of which fsdp or tensor hold copies, largest first. Empty: everything is cut."""
+    """Leaves of which an fsdp axis or tensor holds copies, largest first. Empty: everything is cut."""
     flat_axes = trees.flatten(axes, is_leaf=_is_axes)
-    wanted = [axis for axis in ("fsdp", "tensor") if mesh.shape[axis] > 1]
+    wanted = [axis for axis in (*STATE_AXES, "tensor") if mesh.shape[axis] > 1]
     rows = []
     for path, leaf in trees.flatten(shapes).items():
         placed = spec(flat_axes[path], leaf.shape, mesh, rules)
@@ -179,10 +211,10 @@ def report(axes: Any, shapes: Any, mesh: Mesh, rules: Rules = RULES) -> list[Who
 
 def batch_pieces(rows: int) -> int:
     """Pieces that the active mesh cuts `rows` batch rows into; 1 without a mesh or an even cut."""
-    mesh = active()
-    if mesh is None:
+    layout = active()
+    if layout is None:
         return 1
-    pieces = math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
+    pieces = math.prod(layout.size(axis) for axis in BATCH_AXES)
     return pieces if rows % pieces == 0 else 1
 
 
@@ -192,10 +224,11 @@ def pin_pieces(tree: Any) -> Any:
     A weight broadcast to [pieces, ...] and pinned so is gathered once, and its gradient stays
     local to the shard until it is summed over the first dimension, also inside a loop.
     """
-    mesh = active()
-    if mesh is None or mesh.size == 1:
+    layout = active()
+    if layout is None or layout.mesh.size == 1:
         return tree
-    axes = tuple(axis for axis in ("data", "fsdp") if mesh.shape[axis] > 1)
+    mesh = layout.mesh
+    axes = tuple(axis for axis in BATCH_AXES if mesh.shape[axis] > 1)
 
     def pin(x: jax.Array) -> jax.Array:
         free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)

@@ -20,6 +20,7 @@ from bigmodel_jax.learn import state as states
 from bigmodel_jax.learn import step as steps
 from bigmodel_jax.models import MODELS
 from bigmodel_jax.parallel import mesh as meshes
+from bigmodel_jax.parallel import rules
 
 ROWS, LENGTH, VOCAB = 16, 8, 32
 ONE = (("data", 1),)
@@ -103,12 +104,13 @@ class Program:
             return states.create(model.init, tx, key, ema=True, window=2)
 
         self.abstract = jax.eval_shape(create, jax.random.key(0))
-        self.shardings = states.shardings(self.abstract, axes, self.mesh)
+        where = rules.Layout(self.mesh)
+        self.shardings = states.shardings(self.abstract, axes, where)
         # Initial values may differ by an ulp across meshes: draw them once, on one device.
         self.initial = lambda: jax.device_put(initial(family, dtype, create), self.shardings)
         step = steps.make_train_step(
-            model.apply, model.merge, objective or own, tx, lr=lr, ema=0.9, mesh=self.mesh,
-            shardings=self.shardings,
+            model.apply, model.merge, objective or own, tx, lr=lr, ema=0.9, layout=where,
+            gradients=states.gradients(self.abstract, axes, where),
         )  # fmt: skip
         self.accumulation = accumulation
         example = jax.eval_shape(lambda: self.split(batch_of(family)))

@@ -47,7 +47,7 @@ def program(family, layout):
     where = rules.shardings(axes["params"], shapes["params"], mesh)
 
     def loss(params, batch):
-        with rules.use(mesh):
+        with rules.use(rules.Layout(mesh)):
             terms, _, _ = objective(model.apply, {"params": params, "stats": {}}, batch, None, True)
         return terms["loss"]
 

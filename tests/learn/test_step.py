@@ -13,6 +13,7 @@ from bigmodel_jax.learn import objectives, optim, schedules
 from bigmodel_jax.learn import state as states
 from bigmodel_jax.learn import step as steps
 from bigmodel_jax.parallel import mesh as meshes
+from bigmodel_jax.parallel.rules import Layout
 
 VOCAB, DIM, LENGTH = 16, 8, 4
 AXES = {"params": {"embed": ("vocab", "embed"), "head": ("embed", "vocab")}, "stats": {}}
@@ -62,11 +63,12 @@ class Setup:
         def create(key):
             return states.create(init, tx, key, ema=ema > 0, window=4)
 
-        self.shardings = states.shardings(jax.eval_shape(create, jax.random.key(0)), AXES, self.mesh)
+        self.shardings = states.shardings(jax.eval_shape(create, jax.random.key(0)), AXES, Layout(self.mesh))
         self.state = states.initialize(create, self.shardings, jax.random.key(0))
         self.fn = steps.make_train_step(
             apply, lambda stats, updates: stats, objectives.causal_lm(), tx, lr=lr, ema=ema,
-            mesh=self.mesh, shardings=self.shardings, frozen=optim.frozen(groups, shapes), **options,
+            layout=Layout(self.mesh), gradients=self.shardings["params"],
+            frozen=optim.frozen(groups, shapes), **options,
         )  # fmt: skip
         self.jitted = steps.jit_train_step(self.fn, self.shardings, self.mesh)
 
@@ -214,7 +216,7 @@ def test_slots_follow_their_parameters():
     zeros = lambda key: {"params": jax.tree.map(lambda s: jnp.zeros(s.shape), shapes), "stats": {}}  # noqa: E731
     tx = optim.make(shapes, name="adafactor", lr=lambda s: jnp.float32(0), min_factored=4)
     abstract = jax.eval_shape(lambda k: states.create(zeros, tx, k), jax.random.key(0))
-    got = states.shardings(abstract, axes, mesh)
+    got = states.shardings(abstract, axes, Layout(mesh))
     P = jax.sharding.PartitionSpec
     assert got["params"]["w"].spec == P("fsdp", "tensor")
     assert got["opt"]["nu_rows"]["w"].spec == P("fsdp")

@@ -14,6 +14,7 @@ from bigmodel_jax.learn import step as steps
 from bigmodel_jax.models import MODELS
 from bigmodel_jax.models.lora import add, lora, sides
 from bigmodel_jax.parallel.mesh import make_mesh
+from bigmodel_jax.parallel.rules import Layout
 
 
 def encoder():
@@ -46,7 +47,7 @@ def trained(model, batch):
     tx = optim.make(shapes["params"], lr=schedules.make("constant", 0.02, 0, 9), axes=axes["params"], weight_decay=0.1)
     state = jax.jit(lambda key: states.create(model.init, tx, key, ema=True))(jax.random.key(0))
     mesh = make_mesh({"data": 1}, jax.devices()[:1])
-    fn = steps.make_train_step(model.apply, model.merge, objectives.classification(), tx, ema=0.5, mesh=mesh)
+    fn = steps.make_train_step(model.apply, model.merge, objectives.classification(), tx, ema=0.5, layout=Layout(mesh))
     fn = jax.jit(fn)
     after = state
     for _ in range(4):
@@ -140,7 +141,7 @@ def test_layouts_place_factors_like_their_weight():
     shapes, axes = model.abstract()
     tx = optim.make(shapes["params"], lr=schedules.make("constant", 0.1, 0, 9), axes=axes["params"])
     state = jax.eval_shape(lambda key: states.create(model.init, tx, key), jax.random.key(0))
-    places = tree.flatten(states.shardings(state, axes, mesh))
+    places = tree.flatten(states.shardings(state, axes, Layout(mesh)))
     assert places["params/lora/layers/attn/q/a"].spec[1] == "fsdp"  # [N, D, r]
     assert places["params/lora/layers/attn/q/b"].spec[2] == "tensor"  # [N, r, H, K]
     assert "tensor" in places["opt/mu/lora/layers/mlp/in/b"].spec[2]

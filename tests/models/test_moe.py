@@ -116,7 +116,7 @@ def test_dropless_on_a_mesh_sorts_each_shard_alone(x64):
     def run(variables, x):
         return module.apply(variables, x, jnp.asarray(segments))[0]
 
-    with rules.use(mesh):
+    with rules.use(rules.Layout(mesh)):
         sharded = jax.jit(run, in_shardings=(None, meshes.batch_sharding(mesh, accumulated=False)))(variables, x)
     expected, _ = np_moe(variables["params"], np.zeros(E), x, segments, spec)
     real = segments[..., None] > 0

@@ -257,7 +257,7 @@ def test_accumulation_and_layout_agree_for_one_group_size(x64):
     assert worst(whole[1], jax.jit(lambda v, x, w: loss_and_updates(other, v, x, w))(v, x, w)[1]) > 1e-3
 
     mesh = meshes.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    with rules.use(mesh):
+    with rules.use(rules.Layout(mesh)):
         rows = meshes.batch_sharding(mesh, accumulated=False)
         _, axes = model.abstract()
         placed = jax.device_put(v, rules.shardings(axes, v, mesh))

@@ -315,10 +315,10 @@ def test_dropout_depends_on_row_key_layer_and_site_only():
     np.testing.assert_array_equal(off, forward_hidden(model, variables, tokens))
     assert np.abs(off - whole).max() > 0.1
     mesh = meshes.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    with rules.use(mesh):
+    with rules.use(rules.Layout(mesh)):
         np.testing.assert_allclose(run(tokens, keys), whole, atol=1e-5)
     other = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
-    with rules.use(mesh):
+    with rules.use(rules.Layout(mesh)):
         assert np.abs(run(tokens, other) - whole).max() > 0.1
 
 

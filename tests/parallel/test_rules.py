@@ -92,7 +92,7 @@ def test_unknown_names_are_errors():
         rules.spec(("embd",), (8,), mesh)
     with pytest.raises(ValueError, match="2 axis names"):
         rules.spec(("embed", "mlp"), (8,), mesh)
-    with rules.use(mesh), pytest.raises(InputError, match="did you mean 'batch'"):
+    with rules.use(rules.Layout(mesh)), pytest.raises(InputError, match="did you mean 'batch'"):
         rules.constrain(jnp.ones((8,)), ("bach",))
 
 
@@ -122,8 +122,8 @@ def test_constrain_follows_the_active_mesh_and_not_a_cached_trace():
     assert rules.constrain(x, ("batch", "mlp")) is x
     for sizes, spec in (({"fsdp": 8}, P("fsdp")), ({"data": 4, "tensor": 2}, P("data", "tensor"))):
         mesh = meshes.make_mesh(sizes)
-        with rules.use(mesh):
-            assert rules.active() is mesh
+        with rules.use(rules.Layout(mesh)):
+            assert rules.active().mesh is mesh
             wanted = jax.sharding.NamedSharding(mesh, spec)
             assert double(x).sharding.is_equivalent_to(wanted, 2)
             double(x)
@@ -151,7 +151,7 @@ def test_a_sharded_table_is_read_where_it_is():
         def loss(table, tokens):
             return jnp.sum(jnp.sin(rules.constrain(read(table, tokens), ("batch", "length", "embed_act"))))
 
-        with rules.use(mesh):
+        with rules.use(rules.Layout(mesh)):
             text = jax.jit(jax.grad(loss)).lower(table, rows).compile().as_text()
         assert "f32[2,12,16]" in text
         return set(re.findall(r"f32\[64,\d+\]|collective-permute|all-to-all", text))

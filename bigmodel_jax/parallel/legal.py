@@ -1,0 +1,107 @@
+"""Which layouts a model can take. What cannot be is refused with its reason and what would be legal nearby."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from bigmodel_jax.errors import InputError, nearest
+from bigmodel_jax.parallel.mesh import batch_shards
+from bigmodel_jax.parallel.rules import Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What a layout depends on. 0 means that the model has no such thing.
+
+    stacks: layers of each stack of equal layers. lengths: of each sequence. heads: of queries.
+    rows: global rows of one forward pass. grouped: the rows are normalised or routed in groups that cross rows.
+    """
+
+    model: str
+    stacks: tuple[int, ...] = ()
+    lengths: tuple[int, ...] = ()
+    heads: int = 0
+    experts: int = 0
+    rows: int = 1
+    grouped: bool = False
+
+
+def check(layout: Layout, facts: Facts) -> None:
+    """Raises InputError for a layout that this model cannot take."""
+    _choices(layout)
+    _stages(layout, facts)
+    _context(layout, facts)
+    experts, size = facts.experts, layout.size("expert")
+    if size > 1 and not experts:
+        raise InputError(f"mesh.expert {size} splits experts, and this {facts.model} has none; use mesh.fsdp instead")
+    if size > 1 and experts % size:
+        raise InputError(f"mesh.expert {size} does not divide {experts} experts; legal: {_divisors(experts)}")
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _choices(layout: Layout) -> None:
+    legal = {"context": ("ring", "ulysses"), "zero": (3, 1), "offload": ("", "optimizer")}
+    leaves = {"context": "context_by"}
+    for field, values in legal.items():
+        found = getattr(layout, field)
+        if found not in values:
+            near = nearest(found, values) if isinstance(found, str) else ""
+            raise InputError(f"mesh.{leaves.get(field, field)} = {found!r} should be one of {values}{near}")
+    if layout.repeats < 1 or layout.microbatches < 0:
+        raise InputError("mesh.repeats is at least 1, and mesh.microbatches at least 0 (as many as stages)")
+
+
+def _stages(layout: Layout, facts: Facts) -> None:
+    stages = layout.size("stage")
+    if stages == 1:
+        if layout.repeats > 1 or layout.microbatches:
+            raise InputError("mesh.repeats and mesh.microbatches are of a pipeline; they need mesh.stage above 1")
+        return
+    if not facts.stacks:
+        raise InputError(
+            f"mesh.stage {stages} cuts a stack of equal layers, and this {facts.model} has none; use mesh.fsdp instead"
+        )
+    if facts.grouped:
+        raise InputError(f"mesh.stage {stages}: a {facts.model} with these options mixes rows of several microbatches")
+    for layers in facts.stacks:
+        if layers % (stages * layout.repeats):
+            legal = [d for d in _divisors(layers) if d % layout.repeats == 0]
+            raise InputError(
+                f"mesh.stage {stages} x mesh.repeats {layout.repeats} does not divide {layers} layers; legal "
+                f"mesh.stage: {[d // layout.repeats for d in legal]}"
+            )
+    shards, parts = batch_shards(layout.mesh), layout.microbatches or stages
+    if facts.rows % (parts * shards):
+        legal = _divisors(facts.rows // shards) if facts.rows % shards == 0 else []
+        raise InputError(
+            f"{parts} pipeline microbatches do not divide the {facts.rows} rows of a forward pass over {shards} batch "
+            f"shards; legal mesh.microbatches: {[d for d in legal if d >= stages] or 'none: give it more rows'}"
+        )
+
+
+def _context(layout: Layout, facts: Facts) -> None:
+    size = layout.size("context")
+    if size == 1:
+        return
+    if not facts.lengths or not facts.heads:
+        raise InputError(
+            f"mesh.context {size} cuts the length that attention works over, and this {facts.model} has none; "
+            "use mesh.fsdp instead"
+        )
+    for length in facts.lengths:
+        if length % (2 * size):
+            low = max(length // (2 * size), 1) * 2 * size
+            raise InputError(
+                f"mesh.context {size} cuts a length into {2 * size} pieces, which {length} does not divide into; legal "
+                f"lengths are multiples of {2 * size}, the nearest {[low, low + 2 * size]}"
+            )
+    tensor = layout.size("tensor")
+    if layout.context == "ulysses" and facts.heads % (size * tensor):
+        legal = _divisors(max(facts.heads // tensor, 1))
+        raise InputError(
+            f"mesh.context_by ulysses spreads {facts.heads} heads over context {size} x tensor {tensor}, which "
+            f"does not divide; legal mesh.context: {legal}, or any with mesh.context_by=ring"
+        )
