@@ -92,7 +92,7 @@ def linear(table, hidden):
 
 def compiled(vocab, length, chunk, sharding=None, mesh=None):
     def fn(hidden, table, targets, weights):
-        with rules.use(rules.Layout(mesh)):
+        with rules.use(mesh and rules.Layout(mesh)):
             head = jax.tree_util.Partial(linear, table)
             return cross_entropy(hidden, head, targets, weights, chunk=chunk)[0]
 
