@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from bigmodel_jax import flops, schema, variants
+from bigmodel_jax import chips, flops, schema, variants
 from bigmodel_jax.data.datasets import DATASETS, Loaded
 from bigmodel_jax.errors import InputError, nearest
 from bigmodel_jax.learn import optim, schedules
@@ -121,7 +121,7 @@ class Experiment:
                 (source,) = self.spec["source"][0]
                 tokens, forward = source + tokens, self.model.flops(source, tokens)
         device = self.mesh.devices.flat[0]
-        peak = flops.peak(device.device_kind, self.config["model"]["dtype"])
+        peak = chips.peak(device.device_kind, self.config["model"]["dtype"])
         return {
             "tokens_per_example": tokens,
             "flops_per_example": flops.training(forward),

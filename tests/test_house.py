@@ -22,7 +22,7 @@ FLOORS = {
     "learn": 4, "hf": 4, "generate": 4,
     "models": 3, "metrics": 3, "events": 3,
     "parallel": 2,
-    "tree": 1, "flops": 1, "data": 1, "measures": 1, "schema": 1, "mup": 1, "variants": 1, "fingerprint": 1,
+    "tree": 1, "flops": 1, "chips": 1, "data": 1, "measures": 1, "schema": 1, "mup": 1, "variants": 1, "fingerprint": 1,
     "errors": 0, "": 0,
 }  # fmt: skip
 NEVER_EACH_OTHER = [("learn", "models")]
