@@ -70,6 +70,11 @@ def _parser(chosen: str = "") -> _Parser:
     prepare = verb("prepare", "Turn a corpus into token shards.", config=False)
     prepare.add_argument("--source", action="append", required=True, help="stdlib, files, folders, globs, tfds:...")
     prepare.add_argument("--out", required=True, help="directory for the shards")
+    study = verb("study", "Run many cells that answer one question, and report what came out.", config=False)
+    if chosen == "study":
+        from bigmodel_jax.study import command
+
+        command.arguments(study)
     return parser
 
 
@@ -109,7 +114,7 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _check_verb(arguments: Sequence[str]) -> None:
-    verbs = ("train", "eval", "probe", "generate", "prepare", "convert", "launch", "status")
+    verbs = ("train", "eval", "probe", "generate", "prepare", "convert", "launch", "status", "study")
     if arguments and not arguments[0].startswith("-") and arguments[0] not in verbs:
         raise InputError(f"unknown verb '{arguments[0]}'{nearest(arguments[0], verbs)}; verbs: {', '.join(verbs)}")
 
@@ -163,6 +168,10 @@ def run(argv: Sequence[str]) -> None:
         from bigmodel_jax.launch.command import launch
 
         launch(args, overrides)
+    elif args.verb == "study":
+        from bigmodel_jax.study.command import carry_out
+
+        carry_out(args, overrides)
     elif args.verb == "status":
         import json
 

@@ -91,9 +91,9 @@ def show(status: dict[str, Any]) -> list[str]:
     done = status["step"] / max(status["steps"], 1)
     lines = [f"{status['state']}: step {status['step']} of {status['steps']} ({done:.0%})"]
     if status["state"] == "silent":
-        lines[0] += f"; no row for {_span(status['age_s'])}"
+        lines[0] += f"; no row for {span(status['age_s'])}"
     elif status["state"] == "running" and status["eta_s"]:
-        lines[0] += f"; about {_span(status['eta_s'])} to go"
+        lines[0] += f"; about {span(status['eta_s'])} to go"
     speed = [f"{status['step_s'] * 1e3:.0f} ms per step"] if status.get("step_s") else []
     speed += [f"{status[k]:,.0f} {k.split('_')[0]}/s" for k in ("tokens_per_s", "examples_per_s") if status.get(k)][:1]
     speed += [f"{name} {status[name]:.0%}" for name in ("mfu", "goodput") if status.get(name) is not None]
@@ -113,7 +113,7 @@ def show(status: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _span(seconds: float) -> str:
+def span(seconds: float) -> str:
     minutes = int(seconds // 60)
     if minutes < 1:
         return f"{seconds:.0f} s"

@@ -344,6 +344,7 @@ class _Run:
             "state_hash": report.state_hash(state),
             "config_hash": experiments.config_hash(self.exp.config),
             "data": self.exp.data.fingerprint,
+            "examples": self.exp.data.examples,
             "sample": text,
             "time": self.clock.summary(),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

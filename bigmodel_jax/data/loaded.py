@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from bigmodel_jax.data.order import BatchRamp
-from bigmodel_jax.data.pipeline import Pipeline
+from bigmodel_jax.data.pipeline import Pipeline, describe
 
 Spec = dict[str, tuple[tuple[int, ...], str]]
 Progress = Callable[[str, float, float], None] | None
@@ -49,6 +49,18 @@ class Loaded(NamedTuple):
         train = self.train.fingerprint if self.train else "none"
         parts = [train, *(f"{n}:{p.fingerprint}" for n, p in sorted(self.evals.items()))]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    @property
+    def examples(self) -> dict[str, str]:
+        """{"train" or evaluation set: fingerprint}: what two runs must share to be compared, seeds aside.
+
+        Of the training set the examples alone; of an evaluation set also its transforms, which decide what is asked.
+        """
+        out = {"train": self.train.source.fingerprint if self.train else "none"}
+        for name, held_out in self.evals.items():
+            parts = [held_out.source.fingerprint, *map(describe, held_out.transforms)]
+            out[name] = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        return out
 
 
 def ramp(batch_size: int | tuple) -> int | BatchRamp:

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bigmodel_jax import experiment
+from bigmodel_jax import experiment, schema
 from bigmodel_jax.errors import InputError, nearest
 from bigmodel_jax.variants import expand, overridden
 
@@ -191,6 +191,10 @@ def _check_configs(study: Study) -> None:
         if "seed" in overrides:
             raise InputError(f"study variant '{name}' sets 'seed'; seeds are the study's")
         config = _resolved(f"variant '{name}'", study.config(name))
+        other = _resolved(f"get_config('{name}')", experiment.read(f"{study.file}:{name}")) if study.file else config
+        if other != config:
+            leaf = next(iter(schema.difference(config, other)))
+            raise InputError(f"study variant '{name}': get_config('{name}') gives another config, in {leaf}")
         twin = seen.setdefault(experiment.config_hash(config), name)
         if twin != name:
             raise InputError(f"study variants '{twin}' and '{name}' are the same experiment")

@@ -1,0 +1,136 @@
+"""`bigmodel study run|status|plan STUDY --workdir W`: carry out a study, see how far it is, see what it will cost."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from bigmodel_jax import status
+from bigmodel_jax.errors import InputError, RunError, nearest
+from bigmodel_jax.study import runner, spec, tuning
+from bigmodel_jax.study.store import Cell, Store
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's options."""
+    parser.add_argument("action", choices=("run", "status", "plan"))
+    parser.add_argument("study", help="FILE.py with get_study()")
+    parser.add_argument("--workdir", required=True, help="directory of the study, shared by all who run it")
+    parser.add_argument("--processes", type=int, default=1, help="runs at a time on this machine")
+    parser.add_argument("--only", action="append", default=[], metavar="VARIANT", help="may be given several times")
+    parser.add_argument("--record", action="store_true", help="keep finished rows in results/studies, and count them")
+
+
+def carry_out(args: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """The verb.
+
+    Raises:
+      InputError: a study or an option that does not fit. RunError: cells failed. Preempted: asked to stop.
+    """
+    if overrides:
+        raise InputError(f"a study takes no overrides ({overrides[0]}): what it varies is in its file")
+    study = spec.read(args.study)
+    for variant in args.only:
+        if variant not in study.variants:
+            raise InputError(f"study '{study.name}' has no variant '{variant}'{nearest(variant, study.variants)}")
+    store = Store(study, args.workdir, record=args.record)
+    {"run": _run, "status": _status, "plan": _plan}[args.action](args, store)
+
+
+def _variants(args: argparse.Namespace, store: Store) -> list[str]:
+    return args.only or list(store.study.variants)
+
+
+def _run(args: argparse.Namespace, store: Store) -> None:
+    study, variants = store.study, _variants(args, store)
+    work = runner.Runner(store, args.processes)
+    choices: dict[str, tuning.Choice] = {}
+    if study.tune or study.search:
+        choices = tuning.tune(store, variants, work.run)
+        store.keep("tuned.json", tuning.plain(choices))
+        print("\n".join(["tuned:", *tuning.lines(choices, study.metric)]), flush=True)
+    cells = _cells(store, [v for v in variants if v in choices or not (study.tune or study.search)], choices)
+    rows = work.run(cells)
+    spec.check_comparable(study, rows)
+    print("\n".join(summary(store, cells)))
+    if work.failed:
+        raise RunError(f"{len(work.failed)} cells failed; their logs are in {store.workdir}/cells/*/log.txt")
+
+
+def _cells(store: Store, variants: Sequence[str], choices: dict[str, tuning.Choice]) -> list[Cell]:
+    chosen = {variant: choice.overrides for variant, choice in choices.items()}
+    return [cell for cell in store.cells(chosen) if cell.variant in variants]
+
+
+def known(store: Store, variants: Sequence[str]) -> tuple[list[Cell], list[Cell], dict[str, tuning.Choice]]:
+    """(cells of tuning met so far, cells of the table, choices), from the store alone; nothing is run."""
+    study, met = store.study, []
+    choices: dict[str, tuning.Choice] = {}
+    if study.tune or study.search:
+
+        def look(cells: Sequence[Cell]) -> list[spec.Row]:
+            met.extend(cells)
+            return store.rows(cells)
+
+        choices = tuning.tune(store, variants, look)
+    ready = [v for v in variants if v in choices or not (study.tune or study.search)]
+    return met, _cells(store, ready, choices), choices
+
+
+def summary(store: Store, cells: Sequence[Cell]) -> list[str]:
+    """One line per variant: how many seeds are done, their mean and spread."""
+    study = store.study
+    lines = []
+    for variant in dict.fromkeys(cell.variant for cell in cells):
+        rows = store.rows([cell for cell in cells if cell.variant == variant])
+        values = [row.values[study.metric] for row in rows if row.status == "done"]
+        text = f"{variant}: {len(values)} of {len(study.seeds)} seeds"
+        if values:
+            mean = sum(values) / len(values)
+            spread = (sum((x - mean) ** 2 for x in values) / (len(values) - 1)) ** 0.5 if len(values) > 1 else None
+            text += f", {study.metric} {mean:.5g}" + (f", sd {spread:.2g}" if spread is not None else "")
+        others = [row.status for row in rows if row.status != "done"]
+        lines.append(text + "".join(f", {others.count(kind)} {kind}" for kind in sorted(set(others))))
+    return lines
+
+
+def _status(args: argparse.Namespace, store: Store) -> None:
+    tuned, cells, choices = known(store, _variants(args, store))
+    if tuned:
+        print(f"tuning: {len(store.rows(tuned, failed=False))} of {len(tuned)} cells asked for so far are done")
+        print("\n".join(tuning.lines(choices, store.study.metric)))
+    print("\n".join(summary(store, cells)))
+    for cell in [*tuned, *cells]:
+        line = progress(store, cell)
+        if line:
+            print(line)
+    forgotten = store.forgotten([*tuned, *cells])
+    if forgotten:
+        print(f"{len(forgotten)} cells in {store.workdir}/cells are of no variant any more, such as {forgotten[0]}")
+    left = runner.remaining_s(store, cells, args.processes)
+    if left:
+        print(f"about {status.span(left)} to go with {args.processes} at a time")
+
+
+def progress(store: Store, cell: Cell) -> str:
+    """A line on a cell that is under way or has failed, "" for any other."""
+    if store.row(cell) is not None:
+        return ""
+    owner, failure = store.owner(cell), store.failure(cell)
+    if owner:
+        try:
+            found = status.read(str(store.folder(cell)))
+            return f"running on {owner}: {runner.name(cell)}, step {found['step']} of {found['steps']}"
+        except InputError:
+            return f"running on {owner}: {runner.name(cell)}, starting"
+    if failure is not None:
+        log = runner.last_lines(store.folder(cell) / "log.txt", 2)
+        return f"failed: {runner.name(cell)} in {store.folder(cell)}\n{log}"
+    return ""
+
+
+def _plan(args: argparse.Namespace, store: Store) -> None:
+    from bigmodel_jax.study import plan
+
+    tuned, cells, _ = known(store, _variants(args, store))
+    print("\n".join(plan.lines(store, tuned, cells, args.processes)))

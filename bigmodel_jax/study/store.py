@@ -1,0 +1,377 @@
+"""The cells of a study on disk: which exist, who runs them, what came out.
+
+A cell is one run, named by the hash of what determines its result: the resolved config with its seed, without its
+mechanics (mesh, runtime, logging, checkpoints, microbatch). Not part of the name, and written down instead: the commit
+of the package, and the fingerprints of the examples that were trained and evaluated on, by which rows are
+compared (spec.check_comparable). An option that the package has gained since keeps a finished cell valid as long as
+the study does not set it.
+
+    <workdir>/cells/<cell>/   cell.json, then the run's own directory: result.json, metrics.jsonl, checkpoints ...
+                              attempts.jsonl, a line when a run starts and one when it ends; log.txt; row.json at the end
+    results/studies/<study>.jsonl   one finished row a line, for other machines (--record)
+
+Who runs a cell holds a file lock that the run inherits: it is gone when both are, also after a kill or a power
+cut, and holds on while an orphaned run still computes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import math
+import os
+import platform
+import shlex
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bigmodel_jax import experiment, metrics, schema
+from bigmodel_jax.errors import EXIT_NUMERIC, InputError
+from bigmodel_jax.study.spec import Row, Study
+
+FINAL = ("done", "diverged")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run to be made. extra: overrides by leaf beyond the variant's. given: every leaf that the study sets."""
+
+    id: str
+    variant: str
+    seed: int
+    extra: dict[str, Any]
+    purpose: str
+    config: dict[str, Any]
+    given: frozenset[str]
+
+    def arguments(self, file: str) -> list[str]:
+        """Of `bigmodel train`, all but --workdir."""
+        leaves = {**self.extra, "seed": self.seed}
+        return ["--config", f"{file}:{self.variant}", *(f"--config.{leaf}={value!r}" for leaf, value in leaves.items())]
+
+
+class Claim:
+    """The right to run a cell, held by this process and by the run that inherits `descriptor`."""
+
+    def __init__(self, descriptor: int):
+        self.descriptor = descriptor
+
+    def release(self) -> None:
+        os.close(self.descriptor)
+
+
+def _essential(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in experiment.MECHANICS}
+
+
+def _write(path: Path, value: Any) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=1, default=str) + "\n")
+    temporary.replace(path)
+
+
+def _append(path: Path, value: Any) -> None:
+    """One line, whole or not at all; a torn line of a killed writer stays alone on its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(end - 1, 0))
+        torn = end and file.read(1) != b"\n"
+        file.write(b"\n" * bool(torn) + json.dumps(value, allow_nan=False, default=str).encode() + b"\n")
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a JSONL file; none where there is no file."""
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def repository(file: str) -> Path:
+    """The folder above `configs`, or the study file's own folder."""
+    folder = Path(file).resolve().parent
+    return next((p.parent for p in (folder, *folder.parents) if p.name == "configs"), folder)
+
+
+class Store:
+    """Cells and rows of one study.
+
+    Args:
+      workdir: shared by everyone who works on the study.
+      record: also take finished rows from results/studies/<study>.jsonl, and append new ones.
+    """
+
+    def __init__(self, study: Study, workdir: str | os.PathLike, *, record: bool = False):
+        self.study = study
+        self.workdir = Path(os.path.abspath(workdir))
+        root = repository(study.file)
+        source = Path(study.file).resolve()
+        self.file = str(source.relative_to(root))
+        self.recorded = root / "results" / "studies" / f"{study.name}.jsonl" if record else None
+        self._rows: dict[str, Row] = {}
+        self._seen: tuple[int, list[dict[str, Any]]] = (-1, [])
+
+    # --- cells
+
+    def cell(self, variant: str, seed: int, extra: Mapping[str, Any] | None = None, purpose: str = "seeds") -> Cell:
+        """The cell of a variant with these further overrides."""
+        extra = dict(extra or {})
+        raw = self.study.config(variant, **extra, seed=seed)
+        config = experiment.resolve(raw)
+        return Cell(experiment.config_hash(config), variant, seed, extra, purpose, config, frozenset(schema.flat(raw)))
+
+    def cells(self, chosen: Mapping[str, Mapping[str, Any]] | None = None) -> list[Cell]:
+        """The cells that the report is made of, seed by seed: a study cut short still has every variant.
+
+        Args:
+          chosen: {variant: tuned overrides}.
+        """
+        return [
+            self.cell(variant, seed, (chosen or {}).get(variant))
+            for seed in self.study.seeds for variant in self.study.variants
+        ]  # fmt: skip
+
+    def folder(self, cell: Cell) -> Path:
+        return self.workdir / "cells" / cell.id
+
+    def keep(self, name: str, value: Any) -> None:
+        """Write a JSON file beside the cells."""
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        _write(self.workdir / name, metrics.encode(value))
+
+    def forgotten(self, cells: Sequence[Cell]) -> list[str]:
+        """Cells on disk that the study no longer has, by id."""
+        known = {cell.id for cell in cells}
+        return sorted(p.name for p in (self.workdir / "cells").glob("*") if p.name not in known)
+
+    # --- who runs it
+
+    def claim(self, cell: Cell) -> Claim | None:
+        """The right to run a cell, or None while somebody else has it."""
+        folder = self.folder(cell)
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / ".claim", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except OSError as error:
+            raise InputError(f"'{self.workdir}' has no file locks ({error.strerror}); use another file system") from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{platform.node()} {os.getpid()}\n".encode(), 0)
+        if not (folder / "cell.json").exists():
+            _write(folder / "cell.json", {
+                "cell": cell.id, "study": self.study.name, "variant": cell.variant, "seed": cell.seed,
+                "overrides": self.overrides(cell), "purpose": cell.purpose, "config": cell.config,
+                "command": self.command(cell),
+            })  # fmt: skip
+        return Claim(descriptor)
+
+    def owner(self, cell: Cell) -> str:
+        """ "host pid" of who runs a cell, "" for nobody."""
+        path = self.folder(cell) / ".claim"
+        if not path.exists():
+            return ""
+        with open(path, encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return file.read().strip() or "somebody"
+        return ""
+
+    def overrides(self, cell: Cell) -> dict[str, Any]:
+        return {**self.study.variants[cell.variant], **cell.extra}
+
+    def command(self, cell: Cell) -> str:
+        """What a person types to run the cell again, from the repository."""
+        workdir = f"runs/{self.study.name}/{cell.id}"
+        return shlex.join(["bigmodel", "train", *cell.arguments(self.file), "--workdir", workdir])
+
+    # --- attempts
+
+    def begin(self, cell: Cell) -> None:
+        """Write that a run starts; an earlier one that nobody saw end is closed first."""
+        self._close_open_attempt(cell)
+        _append(self.folder(cell) / "attempts.jsonl", {"start": time.time(), "host": platform.node()})
+
+    def end(self, cell: Cell, code: int, wall_s: float, cpu_s: float) -> None:
+        line = {"end": time.time(), "code": code, "wall_s": round(wall_s, 3), "cpu_s": round(cpu_s, 3)}
+        _append(self.folder(cell) / "attempts.jsonl", line)
+
+    def attempts(self, cell: Cell) -> list[dict[str, Any]]:
+        """Starts and ends in order."""
+        return list(_lines(self.folder(cell) / "attempts.jsonl"))
+
+    def _close_open_attempt(self, cell: Cell) -> None:
+        """After a kill: the run lasted until its last sign of life, and its CPU time is not known."""
+        lines = self.attempts(cell)
+        if not lines or "start" not in lines[-1]:
+            return
+        folder = self.folder(cell)
+        signs = [folder / name for name in ("metrics.jsonl", "log.txt", "result.json", "env.json")]
+        last = max([p.stat().st_mtime for p in signs if p.exists()], default=lines[-1]["start"])
+        wall_s = round(max(0.0, last - lines[-1]["start"]), 3)
+        _append(folder / "attempts.jsonl", {"end": last, "code": None, "wall_s": wall_s, "cpu_s": 0.0})
+
+    # --- rows
+
+    def row(self, cell: Cell, *, claimed: bool = False) -> Row | None:
+        """What came out of a cell, if it is over for good (done or diverged).
+
+        claimed: the caller holds its claim.
+        """
+        if cell.id not in self._rows:
+            found = self._from_folder(cell, claimed) or self._from_record(cell)
+            if found is None:
+                return None
+            self._rows[cell.id] = found
+        row = self._rows[cell.id]
+        return dataclasses.replace(row, variant=cell.variant, purpose=cell.purpose)
+
+    def settle(self, cell: Cell, status: str = "done") -> Row:
+        """Make the row of a run that has ended, and keep it.
+
+        Raises:
+          InputError: the run trained something else than the cell (the study's file was changed meanwhile).
+        """
+        folder = self.folder(cell)
+        self._close_open_attempt(cell)
+        row = self._read(cell, status)
+        _write(folder / "row.json", _plain(row))
+        self._record(cell, row)
+        self._rows[cell.id] = row
+        return row
+
+    def rows(self, cells: Sequence[Cell], *, failed: bool = True) -> list[Row]:
+        """Rows of those cells that have one, in order; `failed` ones too."""
+        found = [self.row(cell) or (self.failure(cell) if failed else None) for cell in cells]
+        return [row for row in found if row is not None]
+
+    def failure(self, cell: Cell) -> Row | None:
+        """The row of a cell whose last run ended with an error; it has no values and does not count as finished."""
+        lines = self.attempts(cell)
+        if not lines or lines[-1].get("code") in (None, 0, 75, EXIT_NUMERIC):
+            return None
+        return self._read(cell, "failed")
+
+    def _from_folder(self, cell: Cell, claimed: bool) -> Row | None:
+        folder = self.folder(cell)
+        found = _json(folder / "row.json")
+        if found is not None:
+            row = _row(found)
+            self._record(cell, row)
+            return row
+        # The runner was killed between the end of the run and its row, or the run has outlived it.
+        lines = self.attempts(cell)
+        over = "diverged" if lines and lines[-1].get("code") == EXIT_NUMERIC else ""
+        over = over or ("done" if (folder / "result.json").exists() else "")
+        return self.settle(cell, over) if over and (claimed or not self.owner(cell)) else None
+
+    def _record(self, cell: Cell, row: Row) -> None:
+        if self.recorded is not None and all(line["cell"] != cell.id for line in self._recorded_lines()):
+            _append(self.recorded, {**_plain(row), "config": _essential(cell.config)})
+
+    def _recorded_lines(self) -> list[dict[str, Any]]:
+        """Of results/studies/<study>.jsonl, read again when it has grown."""
+        if self.recorded is None or not self.recorded.exists():
+            return []
+        size = self.recorded.stat().st_size
+        if self._seen[0] != size:
+            self._seen = size, list(_lines(self.recorded))
+        return self._seen[1]
+
+    def _from_record(self, cell: Cell) -> Row | None:
+        for line in self._recorded_lines():
+            if line["cell"] == cell.id or (line["seed"] == cell.seed and same(line["config"], cell)):
+                return dataclasses.replace(_row(line), cell=cell.id)
+        return None
+
+    def _read(self, cell: Cell, status: str) -> Row:
+        folder = self.folder(cell)
+        result = _json(folder / "result.json") or {}
+        ran = _json(folder / "config.json")
+        if ran is not None:
+            self._check(cell, ran)
+        rows = metrics.read(folder)
+        name, _, metric = self.study.metric.removeprefix("best/").partition("/")
+        curve = [
+            (row["step"], float(row[metric])) for row in rows
+            if row.get("event") == "eval" and row["name"] == name and metric in row
+        ]  # fmt: skip
+        values = _values(result, rows)
+        if status == "done":
+            if self.study.metric not in values:
+                raise InputError(
+                    f"study '{self.study.name}': a run of '{cell.variant}' has no metric '{self.study.metric}'; "
+                    f"it has {', '.join(sorted(k for k in values if '/' in k))}"
+                )
+            status = "done" if math.isfinite(values[self.study.metric]) else "diverged"
+        examples = result.get("examples", {})
+        ends = [line for line in self.attempts(cell) if "end" in line]
+        starts = (_json(folder / "env.json") or {}).get("starts", [])
+        return Row(
+            cell=cell.id, variant=cell.variant, seed=cell.seed, values=values,
+            data_fingerprint=examples.get("train", ""), eval_fingerprint=examples.get(name, ""),
+            overrides=self.overrides(cell), status=status, wall_s=round(sum(line["wall_s"] for line in ends), 3),
+            cpu_s=round(sum(line["cpu_s"] for line in ends), 3), command=self.command(cell),
+            commit=starts[-1]["commit"] if starts else "unknown", curve=curve, purpose=cell.purpose,
+        )  # fmt: skip
+
+    def _check(self, cell: Cell, ran: Mapping[str, Any]) -> None:
+        changes = schema.difference(_essential(cell.config), _essential(ran))
+        real = {leaf: pair for leaf, pair in changes.items() if leaf not in experiment.DERIVED or pair[0]}
+        if real:
+            leaf, (wanted, found) = next(iter(real.items()))
+            raise InputError(
+                f"study '{self.study.name}': the run of '{cell.variant}' seed {cell.seed} in {self.folder(cell)} has "
+                f"{leaf} = {found!r}, not {wanted!r}: the study's file changed when it started; remove that folder"
+            )
+
+
+def same(old: Mapping[str, Any], cell: Cell) -> bool:
+    """Whether a finished run's config is that of the cell, but for leaves that did not exist then and are unset now."""
+    changes = schema.difference(old, _essential(cell.config))
+    return all(was == "(absent)" and leaf not in cell.given for leaf, (was, _) in changes.items())
+
+
+def _values(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    out: dict[str, float] = {}
+    best = result.get("best", {})
+    for prefix, sets in (("", result.get("eval", {})), ("best/", best.get("eval", {}))):
+        for name, numbers in sets.items():
+            out |= {f"{prefix}{name}/{key}": float(metrics.decode(x)) for key, x in (numbers or {}).items()}
+    trained = [row for row in rows if "event" not in row]
+    if trained:
+        numbers = {key: x for key, x in trained[-1].items() if key not in metrics.RESERVED}
+        out |= {f"train/{key}": float(x) for key, x in numbers.items() if isinstance(x, (int, float))}
+    for key in ("parameters", "step"):
+        if key in result:
+            out[key] = float(result[key])
+    if "step" in best:
+        out["best/step"] = float(best["step"])
+    return out
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    return metrics.encode(dataclasses.asdict(row))
+
+
+def _row(values: Mapping[str, Any]) -> Row:
+    names = {f.name for f in dataclasses.fields(Row)}
+    found = metrics.decode({key: value for key, value in values.items() if key in names})
+    return Row(**{**found, "curve": [(int(step), float(value)) for step, value in found["curve"]]})

@@ -1,0 +1,142 @@
+"""Leaves chosen per variant before its seeds run, on seeds of their own: a grid (`tune`) or a search (`search`).
+
+A method is a generator that yields points to try and is sent their scores; search.py has them. The runs are cells
+of the store like all others, so going through the generator again after a kill costs nothing: finished points
+answer at once, and the same scores lead to the same next points.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from bigmodel_jax.study.spec import Row, Study
+from bigmodel_jax.study.store import Cell, Store
+
+Point = dict[str, Any]
+Method = Generator[list[Point], list[float], None]
+"""Yields points (overrides by leaf), receives the score of each: lower is better, inf for divergence."""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One point: its overrides, the metric on each tuning seed (NaN where it diverged), and their mean."""
+
+    overrides: Point
+    values: list[float]
+    mean: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a variant runs with. edge: leaves whose best value is the outermost that was tried."""
+
+    overrides: Point
+    tried: list[Tried]
+    edge: list[str]
+
+
+def grid(axes: Mapping[str, Sequence[Any]]) -> Method:
+    """Every combination, at once."""
+    yield [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def method(study: Study, variant: str) -> Method:
+    """How the leaves of a variant are looked for."""
+    if study.search:
+        from bigmodel_jax.study import search
+
+        return search.make(study.search, study.config(variant), variant)
+    return grid(study.tune)
+
+
+def tune(
+    store: Store, variants: Sequence[str], run: Callable[[Sequence[Cell]], Sequence[Row]]
+) -> dict[str, Choice]:
+    """The choice of every variant that could be made; all variants go forward together.
+
+    Args:
+      run: carries out cells and returns the rows it has; a point lacking one is not scored.
+    """
+    study = store.study
+    methods = {variant: method(study, variant) for variant in variants}
+    asked = {variant: next(each) for variant, each in methods.items()}
+    tried: dict[str, list[Tried]] = {variant: [] for variant in variants}
+    while asked:
+        cells = {
+            (variant, n): [store.cell(variant, seed, point, "tune") for seed in study.tune_seeds]
+            for variant, points in asked.items() for n, point in enumerate(points)
+        }  # fmt: skip
+        rows = {row.cell: row for row in run(_by_seed(cells))}
+        following = {}
+        for variant, points in asked.items():
+            found = [_tried(study, point, cells[variant, n], rows) for n, point in enumerate(points)]
+            if None in found:
+                tried.pop(variant)
+                continue
+            tried[variant] += found
+            try:
+                following[variant] = methods[variant].send([_score(study, each) for each in found])
+            except StopIteration:
+                continue
+        asked = following
+    return {variant: choose(study, each) for variant, each in tried.items()}
+
+
+def _by_seed(cells: Mapping[Any, Sequence[Cell]]) -> list[Cell]:
+    return [cell for group in zip(*cells.values(), strict=True) for cell in group]
+
+
+def _tried(study: Study, point: Point, cells: Sequence[Cell], rows: Mapping[str, Row]) -> Tried | None:
+    found = [rows.get(cell.id) for cell in cells]
+    if any(row is None or row.status == "failed" for row in found):
+        return None
+    values = [row.values[study.metric] if row.status == "done" else math.nan for row in found]
+    return Tried(point, values, sum(values) / len(values))
+
+
+def _score(study: Study, tried: Tried) -> float:
+    if math.isnan(tried.mean):
+        return math.inf
+    return tried.mean if study.mode == "min" else -tried.mean
+
+
+def choose(study: Study, tried: Sequence[Tried]) -> Choice:
+    """The best point at full length, and whether it lies at an edge of what was tried.
+
+    One that diverged on any seed is never best, unless all did: then the first is taken, and its runs will tell.
+    """
+    longest = max((each.overrides.get("steps", 0) for each in tried), default=0)
+    full = [each for each in tried if each.overrides.get("steps", 0) == longest]
+    best = min(full, key=lambda each: _score(study, each))
+    edge = []
+    for leaf, value in best.overrides.items():
+        values = sorted({each.overrides[leaf] for each in tried if _is_number(each.overrides.get(leaf))})
+        if leaf != "steps" and _is_number(value) and len(values) > 1 and value in (values[0], values[-1]):
+            edge.append(leaf)
+    overrides = {leaf: value for leaf, value in best.overrides.items() if leaf != "steps"}
+    return Choice(overrides, list(tried), edge)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def plain(choices: Mapping[str, Choice]) -> dict[str, Any]:
+    """For tuned.json."""
+    return {variant: asdict(choice) for variant, choice in choices.items()}
+
+
+def lines(choices: Mapping[str, Choice], metric: str) -> list[str]:
+    """What a person is told of each choice."""
+    out = []
+    for variant, choice in choices.items():
+        shown = ", ".join(f"{leaf}={value:.6g}" if isinstance(value, float) else f"{leaf}={value}"
+                          for leaf, value in choice.overrides.items())  # fmt: skip
+        best = [each.mean for each in choice.tried if choice.overrides.items() <= each.overrides.items()]
+        edge = f"; at the edge of what was tried: {', '.join(choice.edge)}" if choice.edge else ""
+        out.append(f"{variant}: {shown} ({metric} {best[-1]:.5g} over {len(choice.tried)} points{edge})")
+    return out
