@@ -67,6 +67,12 @@ def _parser(chosen: str = "") -> _Parser:
     probe.add_argument("--shots", default="0", help="examples per class, with commas between; 0 is all")
     probe.add_argument("--repeats", type=int, default=5, help="draws of the few examples")
     probe.add_argument("--out", default="", help="file for the numbers as JSON")
+    certify = verb("certify", "Prove that two layouts of an experiment compute the same numbers.")
+    certify.add_argument("--mesh", action="append", required=True, help="data=2,fsdp=4 or one; given twice")
+    certify.add_argument("--steps", type=int, default=3)
+    certify.add_argument("--float64", action="store_true", help="only in float64, not in the config's own precision")
+    certify.add_argument("--full", action="store_true", help="the config as it is, instead of made small")
+    certify.add_argument("--out", default="", help="file for the certificate as JSON")
     prepare = verb("prepare", "Turn a corpus into token shards.", config=False)
     prepare.add_argument("--source", action="append", required=True, help="stdlib, files, folders, globs, tfds:...")
     prepare.add_argument("--out", required=True, help="directory for the shards")
@@ -114,7 +120,7 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _check_verb(arguments: Sequence[str]) -> None:
-    verbs = ("train", "eval", "probe", "generate", "prepare", "convert", "launch", "status", "study")
+    verbs = ("train", "eval", "probe", "generate", "prepare", "convert", "launch", "status", "study", "certify")
     if arguments and not arguments[0].startswith("-") and arguments[0] not in verbs:
         raise InputError(f"unknown verb '{arguments[0]}'{nearest(arguments[0], verbs)}; verbs: {', '.join(verbs)}")
 
@@ -154,6 +160,15 @@ def run(argv: Sequence[str]) -> None:
             raise InputError(f"--shots {args.shots!r} should be numbers with commas between, such as 1,8,0")
         config = experiment.resolve(experiment.read(args.config), overrides)
         probe_to_file(config, [int(word) for word in args.shots.split(",")], args.repeats, args.out)
+    elif args.verb == "certify":
+        from bigmodel_jax import experiment, schema
+        from bigmodel_jax.certify import certify_config
+
+        config = experiment.resolve(experiment.read(args.config), overrides)
+        certify_config(
+            config, args.mesh, kept=[schema.parse_override(word)[0] for word in overrides], steps=args.steps,
+            float64=args.float64, full=args.full, out=args.out,
+        )  # fmt: skip
     elif args.verb == "generate":
         from bigmodel_jax.talk import generate_from_run
 

@@ -12,6 +12,7 @@ EXIT_INPUT = 2
 EXIT_PREEMPTED = 75
 EXIT_NUMERIC = 76
 EXIT_WATCHDOG = 77
+EXIT_DISAGREEMENT = 78
 
 
 class RunError(Exception):
@@ -36,6 +37,12 @@ class NumericAbort(RunError):
     """Loss or gradient stayed non-finite or spiked for too long. A retry would repeat it."""
 
     exit_code = EXIT_NUMERIC
+
+
+class Disagreement(RunError):
+    """Two layouts of one experiment compute different numbers. A retry would repeat it."""
+
+    exit_code = EXIT_DISAGREEMENT
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -16,13 +16,14 @@ PACKAGE = ROOT / "bigmodel_jax"
 FLOORS = {
     "cli": 7,
     "train": 6, "offline": 6, "probe": 6, "assess": 6, "answers": 6, "talk": 6, "harness": 6, "convert": 6,
-    "launch": 6, "status": 6, "study": 6,
+    "launch": 6, "status": 6, "certify": 6, "study": 6,
     "experiment": 5, "sections": 5, "programs": 5, "inherit": 5, "checkpoint": 5, "record": 5, "evaluate": 5,
-    "planner": 5, "workdir": 5, "stopping": 5, "report": 5, "screen": 5,
+    "planner": 5, "workdir": 5, "stopping": 5, "report": 5, "screen": 5, "small": 5,
     "learn": 4, "hf": 4, "generate": 4,
     "models": 3, "metrics": 3, "events": 3,
     "parallel": 2,
-    "tree": 1, "flops": 1, "chips": 1, "data": 1, "measures": 1, "schema": 1, "mup": 1, "variants": 1, "fingerprint": 1,
+    "tree": 1, "flops": 1, "chips": 1, "data": 1, "measures": 1, "agreement": 1, "schema": 1, "mup": 1,
+    "variants": 1, "fingerprint": 1,
     "errors": 0, "": 0,
 }  # fmt: skip
 NEVER_EACH_OTHER = [("learn", "models")]

@@ -211,11 +211,12 @@ def dropout(x: jax.Array, keys: jax.Array | None, rate: float) -> jax.Array:
 
     Args:
       keys: one typed key per row, [B]: the mask of a row depends on nothing else, so it is the same
-        on every mesh and for every microbatch size. None: no dropout.
+        on every mesh, for every microbatch size and in every precision. None: no dropout.
     """
     if keys is None or rate == 0.0:
         return x
-    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, x.shape[1:]))(keys)
+    share = jnp.float32(1.0 - rate)  # a Python number would draw other bits under float64
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, share, x.shape[1:]))(keys)
     return jnp.where(kept, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))
 
 

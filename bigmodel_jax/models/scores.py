@@ -40,9 +40,11 @@ def kept(keys: jax.Array, rule: Rule, heads: int, tile: Tile, memory: int) -> ja
     """
     i0, rows, j0, cols = tile
 
+    share = jnp.float32(1.0 - rule.dropout)  # a Python number would draw other bits under float64
+
     def row(key: jax.Array, i: jax.Array) -> jax.Array:
         key = jax.random.fold_in(key, i)
-        return jax.random.bernoulli(key, 1.0 - rule.dropout, (heads, memory))[:, j0 : j0 + cols]
+        return jax.random.bernoulli(key, share, (heads, memory))[:, j0 : j0 + cols]
 
     over_queries = jax.vmap(row, (None, 0), 1)
     return jax.vmap(over_queries, (0, None))(keys, i0 + jnp.arange(rows))
