@@ -275,7 +275,7 @@ def build(
     )
     shapes, axes = model.abstract()
     options = {k: v for k, v in config["optimizer"].items() if k not in ("lr", "ema")}
-    tx = optim.make(shapes["params"], lr=learning_rate, axes=axes["params"], **options)
+    tx = optim.make(shapes["params"], lr=learning_rate, axes=axes["params"], ratio=model.ratio, **options)
     experiment = Experiment(
         config=config, model=model, objective=objective, learning_rate=learning_rate, tx=tx,
         layout=layout, spec=dataset.spec(), data=data,

@@ -301,7 +301,7 @@ def make(
     groups: Groups = DEFAULT_GROUPS,
     layer_decay: float = 1.0,
     freeze_layers: int = 0,
-    ratio: mup.Ratio = mup.Ratio(),
+    ratio: mup.Ratio = mup.STANDARD,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Build the optimizer for these parameters.
@@ -358,7 +358,7 @@ def _follow_width(
 ) -> None:
     """Scale the learning rates; learning rate times decay stays as it was."""
     if decay == "l2":
-        raise InputError("decay 'l2' passes through the moments and has no counterpart at another width; name it decoupled")
+        raise InputError("decay 'l2' passes through the moments and does not follow the width; name it decoupled")
     for path, rule in rules.items():
         factor = rule.growth(*mup.growth(axes[path], width))
         own = settings[path]

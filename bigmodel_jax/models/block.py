@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from bigmodel_jax import mup
 from bigmodel_jax.models import cache as caches
 from bigmodel_jax.models import layers as ops
 from bigmodel_jax.models.attention import attention
@@ -43,9 +44,15 @@ class Context(NamedTuple):
 def weight(module: nn.Module, name: str, shape, axes, fan_in: int, spec: Spec, scale: float = 1.0):
     if module.has_variable("laid", name):
         return module.get_variable("laid", name)  # for decoding, see laid.py
-    init = ops.initializer(spec.init, spec.init_std, fan_in, scale)
-    param = module.param(name, nn.with_partitioning(init, axes), shape, jnp.dtype(spec.param_dtype))
+    init = nn.with_partitioning(drawn(axes, fan_in, spec, scale), axes)
+    param = module.param(name, init, shape, jnp.dtype(spec.param_dtype))
     return param.astype(spec.dtype)
+
+
+def drawn(axes, fan_in: int, spec: Spec, scale: float = 1.0):
+    """Initialiser of a weight: that of the base model, times what its axes say of the width (mup.py)."""
+    width = spec.ratio.width
+    return ops.initializer(spec.init, spec.init_std, fan_in / width, scale * mup.deviation(*mup.growth(axes, width)))
 
 
 def bias(module: nn.Module, name: str, shape, axes, spec: Spec):
@@ -65,7 +72,7 @@ def norm(spec: Spec, name: str, x: jax.Array) -> jax.Array:
 
 def _out_scale(spec: Spec) -> float:
     # GPT-2 (Radford et al. 2019, section 2.3): 2 N layers add into the residual stream.
-    return (2 * spec.num_layers) ** -0.5 if spec.depth_scaled_init else 1.0
+    return (2 * spec.num_layers / spec.ratio.depth) ** -0.5 if spec.depth_scaled_init else 1.0
 
 
 class Attention(nn.Module):
@@ -107,7 +114,7 @@ class Attention(nn.Module):
     def _attend(self, q: jax.Array, kv: Any, context: Context, number: jax.Array, cache: Any):
         """(what the queries found [B, L, H, K], the cache with the new keys and values)."""
         spec = self.spec
-        scale = spec.attention_scale or spec.head_dim**-0.5
+        scale = spec.score_scale
         alibi = spec.positions == "alibi" and not self.cross
         bias = None if self.cross else context.bias
         if caches.is_open(cache):
@@ -221,6 +228,7 @@ class Block(nn.Module):
 
         def after(y: jax.Array, name: str, site: int) -> jax.Array:
             y = norm(spec, f"{name}_post", y) if post else y
+            y = y / spec.ratio.depth if spec.ratio.depth != 1 else y
             return ops.dropout(y, ops.fold(keys, site), spec.dropout)
 
         def joined(y: jax.Array, name: str) -> jax.Array:

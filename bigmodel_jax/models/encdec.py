@@ -68,7 +68,7 @@ class PairSpec(Spec):
         super().__post_init__()
         self._fill("decoder_layers", self.num_layers)
         self._fill("decoder_mlp_dim", self.mlp_dim)
-        self._fill("embed_scale", self.embed_dim**0.5)
+        self._fill("embed_scale", (self.mup_width or self.embed_dim) ** 0.5)
         if self.head not in ("lm", "none"):
             raise InputError(f"head='{self.head}': an encoder-decoder has the heads lm and none")
         if self.num_experts or self.shared_layers or self.layer_pattern:
@@ -289,5 +289,5 @@ def encoder_decoder(**options: Any) -> Model:
     return Model(
         module=module, example=example, cache=cache, encode=encoding(module),
         blocks="decoder/layer" if spec.shared_layers else "decoder/layers", windows=(0,) * spec.decoder_layers,
-        flops=lambda source, target: forward_flops(spec, source, target),
+        flops=lambda source, target: forward_flops(spec, source, target), ratio=spec.ratio,
     )  # fmt: skip

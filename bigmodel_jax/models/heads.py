@@ -29,6 +29,8 @@ class Logits:
         if "kernel" not in arrays:
             return hidden
         x = hidden.astype(spec.dtype)
+        if spec.head == "lm" and spec.tied_embeddings and spec.ratio.width != 1:
+            x = x / spec.ratio.width  # a table starts and learns as an input: see mup.py
         if "project" in arrays:
             x = jnp.einsum("...d,de->...e", x, arrays["project"])
         if "dense" in arrays:
@@ -62,7 +64,7 @@ class Head(nn.Module):
             if self.has_variable("laid", "kernel"):
                 arrays["kernel"] = self.get_variable("laid", "kernel")
             if spec.mlm_transform:
-                arrays["dense"] = weight(self, "dense", (dim, width), ("embed", None), dim, spec)
+                arrays["dense"] = weight(self, "dense", (dim, width), ("embed", "embed_act"), dim, spec)
                 arrays["dense_bias"] = bias(self, "dense_bias", (width,), ("norm",), spec)
                 arrays["norm"] = norm_parameters(spec, "norm", width)
             elif width != dim:
@@ -87,7 +89,7 @@ class Dense(nn.Module):
 
     spec: Spec
     outputs: int
-    axis: str | None = None
+    axis: str
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -123,7 +125,7 @@ def read_out(spec: Spec, x: jax.Array, segments: jax.Array | None, keys: jax.Arr
     if spec.pooler or spec.head == "classes":
         y = pooled(x, segments, spec.pooling)
         if spec.pooler:
-            y = jnp.tanh(Dense(spec, spec.embed_dim, name="pooler")(y))
+            y = jnp.tanh(Dense(spec, spec.embed_dim, "embed_act", name="pooler")(y))
         if spec.nsp:
             extra["nsp"] = Dense(spec, 2, "classes", name="nsp")(y).astype(ops.wide(y.dtype))
         if spec.head == "classes":

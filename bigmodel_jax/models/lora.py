@@ -24,24 +24,9 @@ import jax.numpy as jnp
 from bigmodel_jax import tree
 from bigmodel_jax.errors import InputError
 from bigmodel_jax.models.model import Model, Output
+from bigmodel_jax.mup import sides
 
 PREFIX = "lora/"
-_STACK = (None, "layers", "experts")
-_SAME_SIDE = {"heads": "heads", "kv_heads": "heads", "head_dim": "heads", "spatial": "inputs", "conv_in": "inputs"}
-
-
-def sides(axes: Sequence[str | None]) -> tuple[int, int] | None:
-    """(stack dimensions, dimensions that are contracted) of a weight with these logical axes; None for no matrix.
-
-    >>> sides(("layers", "embed", "heads", "head_dim")), sides(("heads", "head_dim", "embed")), sides(("norm",))
-    ((1, 1), (0, 2), None)
-    """
-    start = 0
-    while start < len(axes) and axes[start] in _STACK:
-        start += 1
-    groups = [_SAME_SIDE.get(str(name), f"{name}{d if name is None else ''}") for d, name in enumerate(axes[start:])]
-    changes = [d for d in range(1, len(groups)) if groups[d] != groups[d - 1]]
-    return (start, changes[0]) if len(changes) == 1 else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bigmodel_jax.mup import STANDARD, Ratio
+
 
 class Output(NamedTuple):
     """Result of a forward pass.
@@ -77,6 +79,7 @@ class Model:
       (cache.py); "" for others.
     windows: per decoder layer, tokens that one sees at most, 0 for all; () when all see all.
     merge: merge(stats, updates) gives the running statistics after an optimizer step.
+    ratio: width and depth over those of a base model, for the optimizer (mup.py).
     flops: forward matmul FLOPs, per token at a length (Transformer) or per image.
     """
 
@@ -88,6 +91,7 @@ class Model:
     blocks: str = ""
     windows: tuple[int, ...] = ()
     merge: Callable[[Any, Any], Any] = keep
+    ratio: Ratio = STANDARD
 
     def _init(self, key: jax.Array) -> Any:
         inputs = {name: jnp.asarray(value) for name, value in self.example(1).items()}

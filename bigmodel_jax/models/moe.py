@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from bigmodel_jax.models import layers as ops
 from bigmodel_jax.models import routing
-from bigmodel_jax.models.block import Mlp, _out_scale, weight
+from bigmodel_jax.models.block import Mlp, _out_scale, drawn, weight
 from bigmodel_jax.models.model import keep
 from bigmodel_jax.models.spec import Spec
 from bigmodel_jax.parallel import rules
@@ -37,7 +37,7 @@ class Moe(nn.Module):
         spec, rows, length = self.spec, *x.shape[:2]
         high = ops.wide(x.dtype)
         real = jnp.ones((rows, length), high) if segments is None else (segments > 0).astype(high)
-        init = nn.with_partitioning(ops.initializer(spec.init, spec.init_std, spec.embed_dim), ("embed", "experts"))
+        init = nn.with_partitioning(drawn(("embed", "experts"), spec.embed_dim, spec), ("embed", "experts"))
         router = self.param("router", init, (spec.embed_dim, spec.num_experts), jnp.dtype(spec.param_dtype))
         logits = jnp.einsum("bld,de->ble", x.astype(high), router.astype(high), precision="highest")
         s = routing.scores(logits, spec.router)

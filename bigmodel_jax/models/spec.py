@@ -18,6 +18,7 @@ from bigmodel_jax.errors import InputError
 from bigmodel_jax.models import layers as ops
 from bigmodel_jax.models.attention import BACKENDS
 from bigmodel_jax.models.routing import Routing
+from bigmodel_jax.mup import Ratio
 
 POSITIONS = ("learned", "sinusoidal", "rotary", "alibi", "none")
 PLACEMENTS = ("pre", "post", "sandwich")
@@ -85,6 +86,9 @@ class Spec(Routing):
     head_dropout: of what the heads classes and tokens read.
     init: normal, truncated or fan_in; init_std is the deviation of the first two.
     depth_scaled_init: output projections start smaller by sqrt(2 num_layers).
+    mup_width, mup_depth, mup_head_dim: embed_dim, num_layers and head_dim of the base model whose hyper-parameters
+      this one takes over (see mup.py); 0: the standard parametrisation in width or depth, and head_dim itself.
+      Everything else that grows with the width does so in proportion; a model of the base's sizes is the standard one.
     attention: backend, see models/attention.py.
     unroll: layers per step of the scan over layers; the parameters stay the same.
     remat: what the backward pass keeps: none, dots, minimal, attention or full (see REMAT).
@@ -149,6 +153,9 @@ class Spec(Routing):
     init: str = "normal"
     init_std: float = 0.02
     depth_scaled_init: bool = True
+    mup_width: int = 0
+    mup_depth: int = 0
+    mup_head_dim: int = 0
     attention: str = "auto"
     unroll: int = 1
     remat: str = "minimal"
@@ -178,6 +185,7 @@ class Spec(Routing):
         self._check_attention()
         self.check_routing()
         self._check_head()
+        self._check_mup()
 
     def _fill(self, option: str, size: int) -> None:
         """A size left at 0 follows from others."""
@@ -209,6 +217,27 @@ class Spec(Routing):
             raise InputError(f"head='{self.head}' needs num_classes, at least 1")
         if self.nsp and not (self.pooler and self.head == "lm"):
             raise InputError("nsp=True needs pooler=True and head='lm'")
+
+    def _check_mup(self) -> None:
+        for option in ("mup_width", "mup_depth", "mup_head_dim"):
+            if getattr(self, option) < 0:
+                raise InputError(f"{option}={getattr(self, option)} is a size, or 0")
+        if self.mup_width and self.token_dim != self.embed_dim:
+            raise InputError("mup_width needs a token table as wide as embed_dim: token_dim=0")
+        if self.mup_depth and self.norm_placement == "post":
+            raise InputError("mup_depth scales residual branches, which a post-norm undoes: norm_placement='pre'")
+
+    @property
+    def ratio(self) -> Ratio:
+        """Width and depth over those of the base model."""
+        width, depth = self.mup_width or self.embed_dim, self.mup_depth or self.num_layers
+        return Ratio(self.embed_dim / width, self.num_layers / depth)
+
+    @property
+    def score_scale(self) -> float:
+        """Factor of attention's scores: falls as 1 / head_dim from the base's on."""
+        base = self.mup_head_dim or self.head_dim
+        return (self.attention_scale or base**-0.5) * base / self.head_dim
 
     @property
     def local(self) -> tuple[bool, ...]:

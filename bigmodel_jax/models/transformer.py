@@ -213,6 +213,7 @@ def _model(spec: Spec) -> Model:
         blocks="layer" if spec.shared_layers else "layers",
         windows=tuple(spec.window if local else 0 for local in spec.local),
         merge=moe.merging(spec),
+        ratio=spec.ratio,
     )
 
 

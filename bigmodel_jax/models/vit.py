@@ -140,6 +140,9 @@ def vit(
     init: str = "truncated",
     init_std: float = 0.02,
     depth_scaled_init: bool = False,
+    mup_width: int = 0,
+    mup_depth: int = 0,
+    mup_head_dim: int = 0,
     attention: str = "auto",
     unroll: int = 1,
     remat: str = "minimal",
@@ -179,8 +182,9 @@ def vit(
         return {"image": np.zeros((batch, image_size, image_size, in_channels), np.float32)}
 
     return Model(
-        module=VisionTransformer(plan), example=example, flops=lambda height, width: forward_flops(plan, height, width)
-    )
+        module=VisionTransformer(plan), example=example, ratio=spec.ratio,
+        flops=lambda height, width: forward_flops(plan, height, width),
+    )  # fmt: skip
 
 
 # Options of `vit` that it hands to the encoder's block as they are.
