@@ -27,8 +27,9 @@ from bigmodel_jax.learn.objectives import OBJECTIVES, Objective
 from bigmodel_jax.models import MODELS
 from bigmodel_jax.models.lora import lora
 from bigmodel_jax.models.model import Model
+from bigmodel_jax.models.routing import groups
 from bigmodel_jax.parallel import legal
-from bigmodel_jax.parallel.mesh import check_batch, fill, make_mesh
+from bigmodel_jax.parallel.mesh import AXES, check_batch, fill, make_mesh
 from bigmodel_jax.parallel.rules import Layout
 from bigmodel_jax.sections import (
     PLAIN,
@@ -270,12 +271,7 @@ def build(
     if config["lora"]["rank"]:
         model = lora(model, **config["lora"])
     objective = OBJECTIVES[config["objective"]["name"]](**_without_name(config["objective"]))
-    learning_rate = schedules.make(
-        peak=config["optimizer"]["lr"], total=run.steps, **config["schedule"]
-    )
-    shapes, axes = model.abstract()
-    options = {k: v for k, v in config["optimizer"].items() if k not in ("lr", "ema")}
-    tx = optim.make(shapes["params"], lr=learning_rate, axes=axes["params"], ratio=model.ratio, **options)
+    learning_rate, tx = optimizer(config, model)
     experiment = Experiment(
         config=config, model=model, objective=objective, learning_rate=learning_rate, tx=tx,
         layout=layout, spec=dataset.spec(), data=data,
@@ -292,15 +288,23 @@ def build(
     return experiment
 
 
-def _layout(
-    *, devices: Sequence[Any] | None, slices: int, context_by: str, microbatches: int, repeats: int, zero: int,
-    offload: str, **sizes: int,
-) -> Layout:  # fmt: skip
+def optimizer(config: Mapping[str, Any], model: Model, **varied: Any) -> tuple[Callable[[Any], Any], Any]:
+    """(learning rate by step, gradient transformation) of a resolved config.
+
+    varied: lr or weight_decay as arrays, in place of the config's, for programs of several runs (lanes.py).
+    """
+    section = {**config["optimizer"], **varied}
+    learning_rate = schedules.make(peak=section["lr"], total=config["steps"], **config["schedule"])
+    shapes, axes = model.abstract()
+    options = {k: v for k, v in section.items() if k not in ("lr", "ema")}
+    tx = optim.make(shapes["params"], lr=learning_rate, axes=axes["params"], ratio=model.ratio, **options)
+    return learning_rate, tx
+
+
+def _layout(*, devices: Sequence[Any] | None, slices: int, context_by: str, **leaves: Any) -> Layout:
     """The section `mesh` as a value."""
-    mesh = make_mesh(sizes, devices, slices)
-    return Layout(
-        mesh, context=context_by, microbatches=microbatches, repeats=repeats, zero=zero, offload=offload
-    )
+    mesh = make_mesh({axis: leaves.pop(axis) for axis in AXES}, devices, slices)
+    return Layout(mesh, context=context_by, **leaves)
 
 
 def _facts(config: Mapping[str, Any], fields: Mapping[str, Any], rows: int) -> legal.Facts:
@@ -312,8 +316,12 @@ def _facts(config: Mapping[str, Any], fields: Mapping[str, Any], rows: int) -> l
     experts = model.get("num_experts", 0)
     return legal.Facts(
         model["name"], stacks=layers, lengths=tuple(sorted(lengths)), heads=model.get("num_heads", 0),
-        experts=experts, rows=rows, grouped=bool(experts and model["expert_group"] != 1),
+        experts=experts, rows=rows, buffers=_buffers(model, rows), grouped=bool(experts and model["expert_group"] != 1),
     )  # fmt: skip
+
+
+def _buffers(model: Mapping[str, Any], rows: int) -> int:
+    return groups(rows, model["expert_group"]) if model.get("num_experts") and model["capacity_factor"] else 0
 
 
 def _check_groups(model: Mapping[str, Any], accumulation: int, rows: int) -> None:

@@ -49,7 +49,7 @@ class MeshSize:
 
     slices: groups of devices with a slow network between them, which only the data axis crosses. The other
     leaves are those of `Layout` in parallel/rules.py: context_by: "ring" or "ulysses". microbatches, repeats: of a
-    pipeline. zero: 3, or 1 for optimizer state only. offload: "" or "optimizer".
+    pipeline. zero: 3, or 1 for optimizer state only. offload: "" or "optimizer". dispatch, room: of experts.
     """
 
     data: int = -1
@@ -64,6 +64,8 @@ class MeshSize:
     repeats: int = 1
     zero: int = 3
     offload: str = ""
+    dispatch: str = "bounded"
+    room: float = 0.0
 
 
 @dataclass(frozen=True)

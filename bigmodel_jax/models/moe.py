@@ -6,6 +6,9 @@ C capacity, N layers. Experts have no biases. The router works in at least float
 capacity  every expert gets C tokens of each group: einsums of fixed shape
 dropless  choices sorted by expert, one grouped matmul (jax.lax.ragged_dot) over runs of any length; where
           a platform has no kernel for it (CPU), jax multiplies every token with every expert
+
+On a mesh with an expert axis every device holds some of the experts. With a capacity the buffer [G, E, C, D]
+changes places by all-to-all; dropless choices travel as models/dispatch.py has it.
 """
 
 from __future__ import annotations
@@ -18,12 +21,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from bigmodel_jax.models import dispatch, routing
 from bigmodel_jax.models import layers as ops
-from bigmodel_jax.models import routing
 from bigmodel_jax.models.block import Mlp, _out_scale, drawn, weight
 from bigmodel_jax.models.model import keep
 from bigmodel_jax.models.spec import Spec
-from bigmodel_jax.parallel import rules
+from bigmodel_jax.parallel import expert, rules
 from bigmodel_jax.parallel.rules import constrain
 
 
@@ -51,7 +54,7 @@ class Moe(nn.Module):
         if spec.capacity_factor:
             y, kept = self._with_capacity(x, experts, weights, real, number)
         else:
-            y, kept = self._dropless(x, experts, weights), jnp.sum(load, axis=-1)
+            y, kept = self._dropless(x, experts, weights, real, load)
         if spec.shared_experts:
             width = spec.shared_experts * expert_dim(spec)
             shared = dataclasses.replace(spec, mlp_dim=width, bias=False)
@@ -99,32 +102,35 @@ class Moe(nn.Module):
         )
         copies = jnp.repeat(x.reshape(number, tokens, dim), k, axis=1)
         buffer = routing.permute(copies, back, slot).reshape(number, spec.num_experts, room, dim)
+        buffer = constrain(buffer, ("group", "experts", None, "embed_act"))
         gate, up, out = self._weights()
         h = [None if w is None else jnp.einsum("gecd,edf->gecf", buffer, w) for w in (gate, up)]
-        h = constrain(self._act(*h), ("batch", "experts", None, "mlp"))
-        y = jnp.einsum("gecf,efd->gecd", h, out).reshape(number, -1, dim)
+        h = constrain(self._act(*h), ("group", "experts", None, "mlp"))
+        y = constrain(jnp.einsum("gecf,efd->gecd", h, out), ("group", "experts", None, "embed_act"))
+        y = constrain(y.reshape(number, -1, dim), ("batch", None, "embed_act"))
         y = routing.permute(y, slot, back).reshape(rows, length, k, dim)
         kept = jnp.sum((slot < back.shape[1]).reshape(rows, -1), axis=1, dtype=real.dtype)
         return jnp.einsum("blkd,blk->bld", y, weights), kept
 
     @nn.nowrap
-    def _dropless(self, x, experts, weights) -> jax.Array:
-        """y [B, L, D]. On a mesh each shard of the batch sorts its own tokens."""
+    def _dropless(self, x, experts, weights, real, load) -> tuple[jax.Array, jax.Array]:
+        """(y [B, L, D], choices served in each row [B]). On a mesh each shard of the batch sorts its own tokens."""
         spec, (rows, length, dim), k = self.spec, x.shape, self.spec.experts_per_token
+        w = [each for each in self._weights() if each is not None]
+        if expert.shards() > 1:
+            axes = [*[("experts", "embed", "mlp")] * (len(w) - 1), ("experts", "mlp", "embed")]
+            travel = functools.partial(dispatch.dispatched, act=self._act, number=spec.num_experts)
+            y, kept = expert.on_each_device(travel, [x, experts, weights, real], w, axes, like=(0, 3))
+            return y, jnp.sum(kept, axis=1)
         pieces = rules.batch_pieces(rows)
 
         def one(x: jax.Array, experts: jax.Array, *w: jax.Array) -> jax.Array:
-            slot, back, sizes = routing.sorted_places(experts, spec.num_experts)
-            x = routing.permute(jnp.repeat(x, k, axis=0)[None], back[None], slot[None])[0]
-            h = [jax.lax.ragged_dot(x, weight, sizes) for weight in w[:-1]]
-            y = jax.lax.ragged_dot(self._act(*([None] * (2 - len(h)) + h)), w[-1], sizes)
-            return routing.permute(y[None], slot[None], back[None])[0]
+            return dispatch.grouped(jnp.repeat(x, k, axis=0), experts.reshape(-1), w, self._act)
 
-        w = [each for each in self._weights() if each is not None]
         w = rules.pin_pieces([jnp.broadcast_to(each, (pieces, *each.shape)) for each in w])
         flat, picks = x.reshape(pieces, -1, dim), experts.reshape(pieces, -1, k)
         y = jax.vmap(one)(flat, picks, *w).reshape(rows, length, k, dim)
-        return jnp.einsum("blkd,blk->bld", y, weights)
+        return jnp.einsum("blkd,blk->bld", y, weights), jnp.sum(load, axis=-1)
 
 
 def expert_dim(spec: Spec) -> int:

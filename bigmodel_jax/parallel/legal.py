@@ -15,6 +15,7 @@ class Facts:
 
     stacks: layers of each stack of equal layers. lengths: of each sequence. heads: of queries.
     rows: global rows of one forward pass. grouped: the rows are normalised or routed in groups that cross rows.
+    buffers: of experts with a capacity, one per group of rows.
     """
 
     model: str
@@ -24,6 +25,7 @@ class Facts:
     experts: int = 0
     rows: int = 1
     grouped: bool = False
+    buffers: int = 0
 
 
 def check(layout: Layout, facts: Facts) -> None:
@@ -36,6 +38,17 @@ def check(layout: Layout, facts: Facts) -> None:
         raise InputError(f"mesh.expert {size} splits experts, and this {facts.model} has none; use mesh.fsdp instead")
     if size > 1 and experts % size:
         raise InputError(f"mesh.expert {size} does not divide {experts} experts; legal: {_divisors(experts)}")
+    shards = batch_shards(layout.mesh)
+    if size > 1 and facts.buffers % shards:
+        raise InputError(
+            f"mesh.expert {size}: {facts.buffers} groups of rows do not divide over {shards} batch shards; make "
+            "model.expert_group smaller, or model.capacity_factor 0"
+        )
+    if layout.size("context") > 1 and facts.buffers:
+        raise InputError(
+            f"mesh.context {layout.size('context')} cuts the groups of rows that a capacity is counted in; set "
+            "model.capacity_factor=0, or use mesh.fsdp"
+        )
 
 
 def _divisors(n: int) -> list[int]:
@@ -43,13 +56,17 @@ def _divisors(n: int) -> list[int]:
 
 
 def _choices(layout: Layout) -> None:
-    legal = {"context": ("ring", "ulysses"), "zero": (3, 1), "offload": ("", "optimizer")}
+    legal = {
+        "context": ("ring", "ulysses"), "zero": (3, 1), "offload": ("", "optimizer"), "dispatch": ("bounded", "ragged"),
+    }  # fmt: skip
     leaves = {"context": "context_by"}
     for field, values in legal.items():
         found = getattr(layout, field)
         if found not in values:
             near = nearest(found, values) if isinstance(found, str) else ""
             raise InputError(f"mesh.{leaves.get(field, field)} = {found!r} should be one of {values}{near}")
+    if layout.room < 0:
+        raise InputError(f"mesh.room = {layout.room} is a multiple of an even share, or 0 for room for all")
     if layout.repeats < 1 or layout.microbatches < 0:
         raise InputError("mesh.repeats is at least 1, and mesh.microbatches at least 0 (as many as stages)")
 

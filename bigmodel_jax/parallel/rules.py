@@ -28,7 +28,7 @@ from bigmodel_jax.parallel.mesh import BATCH_AXES
 Rules = tuple[tuple[str, tuple[str, ...]], ...]
 
 LOGICAL = (
-    "batch", "length", "vocab", "vocab_act", "embed", "embed_act", "heads", "kv_heads", "head_dim", "mlp",
+    "batch", "group", "length", "vocab", "vocab_act", "embed", "embed_act", "heads", "kv_heads", "head_dim", "mlp",
     "layers", "norm", "conv_in", "conv_out", "classes", "spatial", "positions", "experts",
 )  # fmt: skip
 
@@ -42,6 +42,8 @@ STATE_AXES = ("fsdp", "expert", "context")
 
 RULES: Rules = (
     *(("batch", group) for size in (3, 2, 1) for group in itertools.combinations(BATCH_AXES, size)),
+    # Groups of rows whose experts lie on the expert axis, which cut those rows until then.
+    ("group", ("data", "fsdp")),
     ("length", ("context",)),
     ("layers", ("stage",)),
     ("experts", ("expert",)),
@@ -67,6 +69,8 @@ class Layout:
     microbatches: of a pipeline; 0 is as many as stages. repeats: pieces of the stack on each stage (circular).
     zero: 3 cuts parameters and optimizer state over the fsdp axes, 1 the optimizer state alone.
     offload: "optimizer" keeps the optimizer state in host memory between steps.
+    dispatch: how choices of dropless experts travel, "bounded" or "ragged" (TPU only). room: of one device on
+      another, as a multiple of an even share; 0 has room for all. See models/dispatch.py.
     """
 
     mesh: Mesh
@@ -76,6 +80,8 @@ class Layout:
     repeats: int = 1
     zero: int = 3
     offload: str = ""
+    dispatch: str = "bounded"
+    room: float = 0.0
 
     @property
     def weights(self) -> Rules:
@@ -131,13 +137,13 @@ def spec(
     placed: list[tuple[str, ...]] = [()] * len(shape)
     # An activation's fsdp axes belong to its batch and length, divisible or not: falling back to
     # a feature dimension would trade a replicated batch for a gather in every layer.
-    used = {"data", *STATE_AXES} if "batch" in axes else set()
+    used = {"data", *STATE_AXES} if "batch" in axes else {"data", "fsdp", "context"} if "group" in axes else set()
     for logical, group in rules:
         group = tuple(axis for axis in group if mesh.shape[axis] > 1)
         for d, name in enumerate(axes):
             if name != logical or not group:
                 continue
-            free = not placed[d] if name in ("batch", "length") else not used.intersection(group)
+            free = not placed[d] if name in ("batch", "group", "length") else not used.intersection(group)
             pieces = math.prod(mesh.shape[axis] for axis in placed[d] + group)
             if free and shape[d] % pieces == 0:
                 placed[d] = placed[d] + group

@@ -39,6 +39,9 @@ REFUSED = [
     (DECODER, {"data": 1, "context": 4, "tensor": 2}, {"context": "ulysses"}, r"legal mesh.context: \[1, 2\]"),
     (DECODER, {"data": -1, "expert": 2}, {}, "use mesh.fsdp instead"),
     (EXPERTS, {"data": -1, "expert": 4}, {}, r"legal: \[1, 2, 3, 6\]"),
+    (dataclasses.replace(EXPERTS, buffers=4), {"data": -1, "expert": 2}, {}, "4 groups of rows do not divide over 8"),
+    (dataclasses.replace(EXPERTS, buffers=8), {"data": -1, "context": 2}, {}, "set model.capacity_factor=0"),
+    (DECODER, {"data": 8}, {"room": -1.0}, "multiple of an even share"),
     (DECODER, {"data": 8}, {"context": "rings"}, "did you mean 'ring'"),
     (DECODER, {"data": 8}, {"zero": 2}, r"mesh.zero = 2 should be one of \(3, 1\)"),
 ]
