@@ -8,21 +8,29 @@ from typing import Any
 
 import numpy as np
 
+from bigmodel_jax.measures.look import INK
+
 _INK, _LINE, _SOFT = "#1f3a5f", "#c8502f", "#9db4cc"
 _CURVES = 6  # curves with a label of their own; of more classes, the rest are drawn thin
 
 
-def _figure(draw: Callable[[Any], None], size: tuple[float, float] = (4.6, 4.4)) -> bytes:
+def figure(draw: Callable[[Any], None], size: tuple[float, float] = (4.6, 4.4), form: str = "png") -> bytes:
+    """What `draw` puts on an axis, as "png", "svg" (without a ground) or "pdf", always the same bytes. size: inches."""
+    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.add_subplot()
-    axis.spines[["top", "right"]].set_visible(False)
-    draw(axis)
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=130)
+    colours = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
+    with rc_context(colours | {"svg.hashsalt": "bigmodel", "pdf.fonttype": 42}):
+        canvas = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(canvas)
+        axis = canvas.add_subplot()
+        axis.spines[["top", "right"]].set_visible(False)
+        draw(axis)
+        out = io.BytesIO()
+        metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(form)
+        ground = {"facecolor": "none"} if form == "svg" else {}
+        canvas.savefig(out, format=form, dpi=130, metadata=metadata, **ground)
     return out.getvalue()
 
 
@@ -42,7 +50,7 @@ def roc(curves: Sequence[dict[str, Any]]) -> bytes:
         title = "AUC" if len(curves) <= _CURVES else f"AUC, worst of {len(curves)}"
         axis.legend(frameon=False, fontsize=8, loc="lower right", title=title, title_fontsize=8)
 
-    return _figure(draw)
+    return figure(draw)
 
 
 def confusion(matrix: Any, names: Sequence[str]) -> bytes:
@@ -70,7 +78,7 @@ def confusion(matrix: Any, names: Sequence[str]) -> bytes:
         axis.set(xlabel="predicted", ylabel="label")
 
     side = min(3.4 + 0.12 * many, 9.0)
-    return _figure(draw, (side + 0.8, side))
+    return figure(draw, (side + 0.8, side))
 
 
 def reliability(bins: Sequence[dict[str, Any]], ece: float) -> bytes:
@@ -91,7 +99,7 @@ def reliability(bins: Sequence[dict[str, Any]], ece: float) -> bytes:
         axis.set_title(f"expected calibration error {ece:.3f}", fontsize=9)
         axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3)
 
-    return _figure(draw)
+    return figure(draw)
 
 
 def spread(values: Sequence[float], what: str, average: float) -> bytes:
@@ -106,7 +114,7 @@ def spread(values: Sequence[float], what: str, average: float) -> bytes:
         axis.set(xlabel=what, ylabel="number")
         axis.legend(frameon=False, fontsize=8)
 
-    return _figure(draw, (5.2, 3.4))
+    return figure(draw, (5.2, 3.4))
 
 
 def picture(image: np.ndarray) -> bytes:

@@ -1,9 +1,10 @@
-"""`bigmodel study run|status|plan STUDY --workdir W`: carry out a study, see how far it is, see what it will cost."""
+"""`bigmodel study run|status|plan|report STUDY --workdir W`: carry it out, how far it is, its cost, what came out."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from bigmodel_jax import status
 from bigmodel_jax.errors import InputError, RunError, nearest
@@ -13,11 +14,13 @@ from bigmodel_jax.study.store import Cell, Store
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
-    parser.add_argument("action", choices=("run", "status", "plan"))
+    parser.add_argument("action", choices=("run", "status", "plan", "report"))
     parser.add_argument("study", help="FILE.py with get_study()")
     parser.add_argument("--workdir", required=True, help="directory of the study, shared by all who run it")
     parser.add_argument("--processes", type=int, default=1, help="runs at a time on this machine")
     parser.add_argument("--only", action="append", default=[], metavar="VARIANT", help="may be given several times")
+    parser.add_argument("--out", default="", help="report: folder of page, tables and plots, default WORKDIR/report")
+    parser.add_argument("--mixed", action="store_true", help="report: also rows that cannot be compared, and say so")
     parser.add_argument("--record", action="store_true", help="keep finished rows in results/studies, and count them")
 
 
@@ -34,7 +37,7 @@ def carry_out(args: argparse.Namespace, overrides: Sequence[str]) -> None:
         if variant not in study.variants:
             raise InputError(f"study '{study.name}' has no variant '{variant}'{nearest(variant, study.variants)}")
     store = Store(study, args.workdir, record=args.record)
-    {"run": _run, "status": _status, "plan": _plan}[args.action](args, store)
+    {"run": _run, "status": _status, "plan": _plan, "report": _report}[args.action](args, store)
 
 
 def _variants(args: argparse.Namespace, store: Store) -> list[str]:
@@ -134,3 +137,14 @@ def _plan(args: argparse.Namespace, store: Store) -> None:
 
     tuned, cells, _ = known(store, _variants(args, store))
     print("\n".join(plan.lines(store, tuned, cells, args.processes)))
+
+
+def _report(args: argparse.Namespace, store: Store) -> None:
+    from bigmodel_jax.study import report
+
+    _, cells, choices = known(store, _variants(args, store))
+    rows = store.rows(cells)
+    found = report.of_rows(store.study, rows, choices, mixed=args.mixed, environment=report.environment(store, rows))
+    folder = Path(args.out) if args.out else store.workdir / "report"
+    report.write(found, folder)
+    print(report.summary(found, folder))

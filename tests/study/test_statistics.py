@@ -13,13 +13,13 @@ from statsmodels.stats.power import TTestPower
 from bigmodel_jax.errors import InputError
 from bigmodel_jax.measures.intervals import bootstrap
 from bigmodel_jax.study import statistics
-from bigmodel_jax.study.statistics import gains, hedges_g, holm, judge, paired, power, seeds_needed, student
+from bigmodel_jax.study.statistics import gains, hedges_g, holm, judge, paired, power, rank_sum, seeds_needed, student
 
 INF = math.inf
 
 
 def pair(values, margin=0.0):
-    return paired(dict(enumerate(values)), margin)
+    return paired(dict(enumerate(values)), dict.fromkeys(range(len(values)), 0.0), "max", margin)
 
 
 @pytest.fixture
@@ -75,7 +75,6 @@ def test_p_values_are_scipys():
         assert found.p_flips == pytest.approx(flips, rel=1e-9)
         low, high = scipy.stats.ttest_1samp(x, 0).confidence_interval(0.95)
         assert (found.student.low, found.student.high) == pytest.approx((low, high))
-        assert found.smallest == min(1.0, pair(np.arange(1.0, n + 1)).p_ranks)
     many = rng.normal(0.5, 1.0, size=30)  # beyond exact enumeration
     exact = scipy.stats.wilcoxon(many, method="exact").pvalue
     assert pair(many).p_ranks == pytest.approx(exact, abs=4 * math.sqrt(exact / 65536))
@@ -83,6 +82,16 @@ def test_p_values_are_scipys():
     assert pair(ties).p_ranks == pytest.approx(
         scipy.stats.wilcoxon(ties, zero_method="pratt", method=scipy.stats.PermutationMethod()).pvalue
     )
+    for n in (3, 6, 12):  # the last one is beyond exact enumeration
+        a, b = rng.normal(0.8, 1.0, size=n), rng.normal(size=n)
+        exact = scipy.stats.mannwhitneyu(a, b, method="exact").pvalue
+        assert rank_sum(a, b) == pytest.approx(exact, rel=1e-9 if n < 12 else 0.15)
+    a, b = np.array([1.0, 2.0, 2.0, 3.0]), np.array([2.0, 0.0, 0.0, 1.0])
+    theirs = scipy.stats.permutation_test(
+        (a, b), lambda x, y: scipy.stats.rankdata(np.concatenate([x, y]))[: len(x)].sum(), vectorized=False,
+        n_resamples=INF,
+    )  # fmt: skip
+    assert rank_sum(a, b) == pytest.approx(theirs.pvalue)
 
 
 def test_holm_is_that_of_statsmodels():
@@ -161,15 +170,18 @@ def test_a_diverged_run_is_the_worst_run_and_never_lost():
     for mode in ("min", "max"):
         found = gains(fine, bad, mode)
         assert found[2] == found[3] == INF and gains(bad, fine, mode)[2] == -INF
-    one = paired(gains(fine, bad, "min"))
-    assert one.test == "ranks" and one.mean is None and one.n == 6 and "second alone on 2" in one.note
+    one = paired(fine, bad, "min")
+    assert one.test == "ranks" and one.mean is None and one.n == 6 and one.diverged == (0, 2)
     [verdict] = judge([one])
-    assert verdict.kind == "supported" and verdict.p == 2 / 2**6
-    # Five such pairs cannot reach 0.05, and six are said to be needed.
-    [verdict] = judge([paired({s: INF for s in range(5)})])
-    assert verdict.kind == "undecided" and verdict.p == 2 / 2**5 and verdict.seeds_needed == 6
-    [verdict] = judge([paired({s: -INF for s in range(6)})])
-    assert verdict.kind == "contradicted"
+    assert verdict.kind == "supported" and verdict.p == 2 / math.comb(12, 6)
+    assert judge([paired(bad, fine, "min")])[0].kind == "contradicted"
+    # Three that train against three that do not cannot be enough at 0.05, and four are said to be needed.
+    three, none = {s: 0.9 for s in range(3)}, {s: math.nan for s in range(3)}
+    [verdict] = judge([paired(three, none, "max")])
+    assert verdict.kind == "undecided" and verdict.p == 2 / math.comb(6, 3) and verdict.seeds_needed == 4
+    # A margin moves the runs that finished, and no run is by a margin better than itself.
+    assert paired(fine, bad, "min", margin=1.0).ahead == 2 / 6
+    assert paired(none, none, "max").p == 1.0
     assert gains({0: math.nan}, {0: math.nan}, "min") == {0: 0.0}
     summary = statistics.summarise(list(bad.values()), "min", failed=1)
     assert (summary.n, summary.diverged, summary.failed, summary.mean, summary.median) == (4, 2, 1, 1.5, 1.5)

@@ -1,0 +1,204 @@
+"""Reports of made-up studies: numbers against direct computation, all three forms, refusals, plots."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+
+import numpy as np
+import pytest
+import scipy.stats
+from matplotlib.figure import Figure
+
+from bigmodel_jax.errors import InputError
+from bigmodel_jax.measures import look
+from bigmodel_jax.study import findings, plots, report, tables
+from tests.study import synthetic
+
+
+@pytest.fixture(scope="module")
+def made():
+    study = synthetic.study()
+    return study, synthetic.rows(study)
+
+
+@pytest.fixture(scope="module")
+def folder(made, tmp_path_factory):
+    study, _ = made
+    found = report.of_rows(study, synthetic.rows(study, diverged=2), synthetic.choices(study), mixed=False,
+                           environment=["jax 1 & more"])  # fmt: skip
+    out = tmp_path_factory.mktemp("report")
+    report.write(found, out)
+    return out, found
+
+
+def of(found, name):
+    return next(v for v in found["variants"] if v["name"] == name)
+
+
+def test_every_number_is_that_of_a_direct_computation(made):
+    study, rows = made
+    found = findings.find(study, rows)
+    values = {n: np.array([r.values[study.metric] for r in rows if r.variant == n]) for n in study.variants}
+    base = values[study.baseline]
+    p = {}
+    for name, x in values.items():
+        v = of(found, name)
+        assert (v["n"], v["mean"], v["sd"]) == (5, pytest.approx(x.mean()), pytest.approx(x.std(ddof=1)))
+        low, high = scipy.stats.ttest_1samp(x, 0).confidence_interval()
+        assert (v["student"]["low"], v["student"]["high"]) == pytest.approx((low, high))
+        if name != study.baseline:
+            a = v["against"]
+            assert a["mean"] == pytest.approx((base - x).mean())  # less is better
+            p[name] = scipy.stats.ttest_rel(x, base).pvalue
+            assert a["p"] == pytest.approx(p[name])
+    order = sorted(p, key=p.get)
+    worst = 0.0
+    for rank, name in enumerate(order):
+        worst = max(worst, min(1.0, p[name] * (3 - rank)))
+        assert of(found, name)["against"]["holm"] == pytest.approx(worst)
+    assert [c["verdict"] for c in found["claims"]] == ["supported", "supported", "undecided", "contradicted"]
+    assert of(found, study.baseline)["against"] is None and found["warnings"] == []
+    assert of(found, "pre-norm")["published"] == 34.1 and found["cost"]["cells"] == 20
+
+
+def test_a_verdict_says_what_it_rests_on(made, folder):
+    study, rows = made
+    first, _, third, last = findings.find(study, rows)["claims"]
+    wanted = (
+        r"mean gain \+0\.\d+ in validation/bits_per_byte, \d\S*% interval \+0\.\d+ to \+0\.\d+ "
+        r"\(all of it above 0\), Holm-corrected p = "
+    )
+    assert re.search(wanted, first["sentence"])
+    assert "which contains 0" in third["sentence"]
+    assert f"{third['seeds_needed']} seeds would settle" in third["sentence"]
+    assert "all of it below the margin of 0.1" in last["sentence"]
+    sentence = folder[1]["claims"][0]["sentence"]
+    assert "0 of pre-norm, 2 of post-norm" in sentence and "ahead in 100% of all pairs" in sentence
+    assert findings.probability(3e-6) == "< 0.0001" and findings.probability(None) == "–"
+
+
+def test_nothing_is_left_out_in_silence(made):
+    study, rows = made
+    rows = synthetic.rows(study, diverged=2)
+    rows = [dataclasses.replace(r, status="failed", values={}) if r.cell.endswith("01") else r for r in rows[:-1]]
+    found = findings.find(study, rows, {"post-norm": dataclasses.asdict(synthetic.choices(study)["post-norm"])})
+    said = "\n".join(found["warnings"])
+    assert "not run yet, of 5 seeds each: post-norm, warm-up 1" in said
+    assert "left out), of 5 seeds each: pre-norm 1" in said and "finished), of 5 seeds each: post-norm 2" in said
+    assert "post-norm: the best optimizer.lr = 0.0001 is the outermost value tried" in said
+    assert (of(found, "post-norm")["n"], of(found, "post-norm")["diverged"]) == (3, 2)
+    assert of(found, "pre-norm")["against"]["n"] == 3  # seeds that both have
+    with pytest.raises(InputError, match="no finished runs"):
+        findings.find(study, [])
+
+
+@pytest.mark.parametrize("what", ["data", "eval"])
+def test_rows_of_other_data_are_refused_or_shown_with_a_warning(made, what):
+    study, rows = made
+    mixed = [*rows[:-1], dataclasses.replace(rows[-1], **{f"{what}_fingerprint": "f" * 16})]
+    with pytest.raises(InputError) as error:
+        findings.find(study, mixed)
+    line = str(error.value)
+    assert "'pre-norm' seed 0" in line and "'post-norm, warm-up' seed 4" in line and "\n" not in line
+    found = findings.find(study, mixed, mixed=True)
+    assert found["warnings"][0].startswith("NOT COMPARABLE") and "ffff" in found["warnings"][0]
+    assert "NOT COMPARABLE" in tables.markdown(found, [])
+
+
+def test_markdown_latex_and_json_hold_the_same_table(folder):
+    out, found = folder
+    heads, body = tables.rows(found)
+    text = (out / "report.md").read_text()
+    block = re.search(r"(\| variant.*?)\n\n", text, re.S)[1].splitlines()
+    assert [[cell.strip() for cell in line.strip("|").split(" | ")] for line in block[2:]] == body
+    assert len(block[0].split(" | ")) == len(heads)
+    for file in re.findall(r"!\[.*?\]\((.*?)\)", text):
+        assert (out / file).stat().st_size > 1000
+    assert all(cell["command"] in text for cell in found["cells"]) and "eeee" in text and "jax 1 & more" in text
+
+    latex = (out / "report.tex").read_text()
+    assert all(latex.count(rf"\{rule}") == 1 for rule in ("toprule", "midrule", "bottomrule"))
+    lines = [line for line in latex.splitlines() if line.endswith(r"\\")]
+    assert len(lines) == 1 + len(body) and {line.replace(r"\&", "").count("&") for line in lines} == {len(heads) - 1}
+    assert latex.count("{") - latex.count(r"\{") == latex.count("}") - latex.count(r"\}")
+    assert r"validation/bits\_per\_byte" in latex and re.search(r"\$-\$0\.\d+ to \+", latex)
+    assert not re.search(r"(?<!\\)[_%#^]", re.sub(r"^% .*$|\\label\{.*?\}", "", latex, flags=re.M))
+    assert tables.tex("50% of a_b & c~1 < -2") == r"50\% of a\_b \& c\textasciitilde{}1 $<$ $-$2"
+
+    # Infinite gains and missing numbers are written in a way every JSON reader takes.
+    back = json.loads((out / "report.json").read_text(), parse_constant=lambda c: pytest.fail(c))
+    assert of(back, "post-norm")["against"]["gains"]["0"] == "-Infinity"
+
+
+def test_the_page_stands_alone_and_escapes_what_it_shows(made, folder):
+    out, found = folder
+    page = (out / "index.html").read_text()
+    assert set(re.findall(r'(?:src|href)="([a-z]+):', page)) == {"data"} and 'lang="en"' in page
+    assert not re.search(r"https?://|@import|url\(", re.sub(r'src="data:[^"]*"', "", page))
+    assert page.count("<img alt=") == page.count("<img") == 4 and 'name="viewport"' in page
+    assert page.count("<script>") == 1 and page.count("data-value") > 40
+    assert "✓ supported" in page and "✗ contradicted" in page and "? undecided" in page
+    study, rows = made
+    nasty = dataclasses.replace(study, title="<script>alert(1)</script>")
+    shown = look.document("x", [look.table(("a",), [["<b>"]])]) + report.page.render(
+        report.of_rows(nasty, rows, {}, mixed=False), {}
+    )
+    assert "alert(1)</script>" not in shown and "<b>" not in shown.split("<body>")[1].split("<script>")[0]
+    assert "&lt;script&gt;alert(1)" in shown
+
+
+def test_figures_show_the_runs(made, folder):
+    study, rows = made
+    found = folder[1]
+    axis = Figure().add_subplot()
+    plots.seeds(found["variants"], "loss", "min", axis)
+    for place, v in enumerate(found["variants"]):
+        fine = sorted(x for x in v["values"].values() if np.isfinite(x))
+        drawn = [c.get_offsets() for c in axis.collections if len(c.get_offsets()) == len(fine)]
+        assert any(np.allclose(sorted(d[:, 0]), fine) and (d[:, 1] == place).all() for d in drawn)
+    assert "2 diverged" in {text.get_text() for text in axis.texts}
+
+    curves = {row.seed: row.curve for row in rows if row.variant == "pre-norm"}
+    steps, mean, low, high = plots.band(curves)
+    last = np.array([curve[-1][1] for curve in curves.values()])
+    assert steps.tolist() == list(synthetic.STEPS) and mean[-1] == pytest.approx(last.mean())
+    assert (low[-1], high[-1]) == pytest.approx(scipy.stats.ttest_1samp(last, 0).confidence_interval())
+    # Two variants never look the same without their colour.
+    looks = [plots.style(i) for i in range(32)]
+    assert len({(x["marker"], str(x["linestyle"])) for x in looks}) == 32
+
+    tuned = folder[1]["tuned"]["optimizer.lr"]
+    chosen = {name: [p["value"] for p in tried if p["chosen"]] for name, tried in tuned.items()}
+    assert chosen["pre-norm"] == [1e-3] and chosen["post-norm"] == [1e-4]
+    axis = Figure().add_subplot()
+    plots.tuned(tuned, "optimizer.lr", "loss", list(study.variants), "min", axis)
+    assert [text.get_text() for text in axis.texts] == ["edge"]  # of the one whose best is the outermost value
+    low, high = axis.get_ylim()
+    assert all(low < p["metric"] < high for tried in tuned.values() for p in tried if p["chosen"])
+
+
+def test_a_grid_of_two_leaves_is_a_heat_map():
+    study, rows = synthetic.grid()
+    found = findings.find(study, rows)
+    [grid] = found["grids"]
+    assert (grid["x"], grid["y"]) == ("optimizer.lr", "optimizer.weight_decay")
+    assert grid["xs"] == [1e-4, 3e-4, 1e-3, 3e-3, 1e-2] and grid["ys"] == [0.0, 0.01, 0.1, 1.0]
+    for i, wd in enumerate(grid["ys"]):
+        for j, lr in enumerate(grid["xs"]):
+            v = of(found, f"lr={lr},weight_decay={wd}")
+            assert grid["z"][i][j] == v["mean"] if v["n"] else np.isnan(grid["z"][i][j])
+    axis = Figure().add_subplot()
+    plots.heat(grid, "loss", "min", axis)
+    cells = [text.get_text() for text in axis.texts]
+    assert len(cells) == 20 and cells.count("×") == 1
+    fine = [x for row in grid["z"] for x in row if np.isfinite(x)]
+    [frame] = axis.lines
+    i, j = np.argwhere(np.array(grid["z"]) == min(fine))[0]
+    assert (np.mean(frame.get_xdata()[:4]), np.mean(frame.get_ydata()[:4])) == pytest.approx((j, i))
+    assert len(plots.shown_curves(found["variants"], study.baseline, "min")) == plots.CURVES
+    # Two optimizers over the same two leaves are two maps; one leaf alone is none.
+    points = [({"optimizer.name": n, "a": a, "b": b}, a + b) for n in ("x", "y") for a in (1, 2) for b in (1, 2)]
+    assert [g["title"] for g in findings._grid("t", points)] == ["name='x'", "name='y'"]
+    assert findings._grid("t", [({"a": a}, a) for a in (1, 2)]) == []
