@@ -316,7 +316,8 @@ def _facts(config: Mapping[str, Any], fields: Mapping[str, Any], rows: int) -> l
     experts = model.get("num_experts", 0)
     return legal.Facts(
         model["name"], stacks=layers, lengths=tuple(sorted(lengths)), heads=model.get("num_heads", 0),
-        experts=experts, rows=rows, buffers=_buffers(model, rows), grouped=bool(experts and model["expert_group"] != 1),
+        experts=experts, rows=rows, buffers=_buffers(model, rows), group=model["expert_group"] if experts else 1,
+        shared=bool(model.get("shared_layers")),
     )  # fmt: skip
 
 

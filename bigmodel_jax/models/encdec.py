@@ -135,7 +135,7 @@ class Side(nn.Module):
             positions = jnp.arange(tokens.shape[1])[None] + (0 if length is None else length[:, None])
         x, table = Embed(spec, name="embed")(tokens, positions, plain, None, table)
         x = ops.dropout(x, ops.fold(keys, spec.num_layers), spec.embed_dropout)
-        x = constrain(x, ("batch", "length", "embed_act"))
+        x = constrain(x, ("rows", "length", "embed_act"))
         window = spec.window if any(spec.local) else 0
         mask = Mask(causal=spec.causal, window=window, segments_q=segments, offset=length)
         bias = None
@@ -144,7 +144,7 @@ class Side(nn.Module):
             keys_seen = tokens.shape[1] if cache is None else caches.slots(cache)
             bias = Relative(spec, name="relative")(mask, tokens.shape[1], keys_seen)
         context = Context(mask, rope, keys, length, bias, memory, memory_mask, local_rope)
-        (x, held), _ = run_layers(self, x, cache, context, blocks)
+        (x, held), _ = run_layers(self, spec, x, cache, context, blocks)
         if spec.norm_placement != "post":
             x = norm(spec, "norm_final", x)
         return x, table, held

@@ -45,7 +45,7 @@ class Logits:
         if spec.head != "lm":
             return logits
         if logits.ndim == 3:
-            logits = constrain(logits, ("batch", "length", "vocab"))
+            logits = constrain(logits, ("rows", "length", "vocab"))
         return ops.softcap(logits, spec.final_softcap)
 
 

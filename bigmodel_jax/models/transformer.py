@@ -24,6 +24,7 @@ from bigmodel_jax.models.masks import Mask
 from bigmodel_jax.models.model import Model, Output
 from bigmodel_jax.models.positions import rotary_table, sinusoidal
 from bigmodel_jax.models.spec import REMAT, EncoderSpec, Spec, taking
+from bigmodel_jax.parallel import pipeline
 from bigmodel_jax.parallel.rules import constrain
 
 
@@ -46,7 +47,7 @@ class Embed(nn.Module):
             table = weight(self, "tokens", (spec.vocab_size, dim), ("vocab", "embed"), dim, spec)
         # Read in slices over fsdp, the rows would come out cut by feature, not by batch.
         x = ops.lookup(constrain(table, ("vocab_act", "embed_act")), tokens)
-        x = constrain(x, ("batch", "length", "embed_act"))
+        x = constrain(x, ("rows", "length", "embed_act"))
         if spec.embed_scale != 1.0:
             x = x * jnp.asarray(spec.embed_scale, x.dtype)
         if dim != spec.embed_dim and spec.causal:
@@ -101,12 +102,12 @@ class Transformer(nn.Module):
             positions = jnp.arange(tokens.shape[1])[None] + (0 if length is None else length[:, None])
         x, table = Embed(spec, name="embed")(tokens, positions, plain, token_types)
         x = ops.dropout(x, ops.fold(keys, spec.num_layers), spec.embed_dropout)
-        x = constrain(x, ("batch", "length", "embed_act"))
+        x = constrain(x, ("rows", "length", "embed_act"))
         window = spec.window if any(spec.local) else 0
         mask = Mask(causal=spec.causal, window=window, segments_q=segments, prefix=prefix, offset=length)
         rope, local_rope = ropes(spec, positions, ops.wide(x.dtype))
         context = Context(mask, rope, keys, length, local_rope=local_rope)
-        (x, held), routed = run_layers(self, x, cache, context, blocks)
+        (x, held), routed = run_layers(self, spec, x, cache, context, blocks)
         if spec.norm_placement != "post":
             x = norm(spec, "norm_final", x)
         if cache is not None:
@@ -128,15 +129,18 @@ def ropes(spec: Spec, positions: jax.Array, dtype: jnp.dtype):
     )
 
 
-def run_layers(module: nn.Module, x: jax.Array, cache: Any, context: Context, blocks: Any = None):
+def run_layers(module: nn.Module, spec: Spec, x: jax.Array, cache: Any, context: Context, blocks: Any = None):
     """((x, cache), what each layer's router says) after all layers, whose parameters `module` declares.
 
-    As one scan; but one layer after the other with `blocks`, their variables laid out for decoding, or with
-    an open cache, where each layer has its own arrays.
+    As one scan, or as a pipeline where the layout has stages; but one layer after the other with `blocks`,
+    their variables laid out for decoding, or with an open cache, where each layer has its own arrays.
+    With a cache a layout with stages scans too, and gathers each layer's weights from their stage.
     """
-    spec = module.spec
     if blocks is None and not caches.is_open(cache):
-        return stack(spec)((x, cache), jnp.arange(spec.num_layers), context)
+        plan = _pipelined(module, spec, x, cache)
+        if plan is None:
+            return stack(spec)((x, cache), jnp.arange(spec.num_layers), context)
+        return _pipeline(module, spec, x, context, plan)
     if blocks is None:
         blocks = laid.blocks(module.variables, spec.num_layers, "layer" if spec.shared_layers else "layers")
     routed = []
@@ -145,6 +149,32 @@ def run_layers(module: nn.Module, x: jax.Array, cache: Any, context: Context, bl
         (x, cache), said = block.apply(variables, (x, cache), number, context)
         routed.append(said)
     return (x, cache), jax.tree.map(lambda *each: jnp.stack(each), *routed)
+
+
+def _pipelined(module: nn.Module, spec: Spec, x: jax.Array, cache: Any) -> pipeline.Schedule | None:
+    """The schedule in which the stages of the active layout take turns; None: no stages, or no use for them."""
+    if cache is not None or spec.shared_layers or module.is_initializing():
+        return None
+    return pipeline.planned(spec.num_layers, x.shape[0], spec.expert_group if spec.num_experts else 1)
+
+
+def _pipeline(module: nn.Module, spec: Spec, x: jax.Array, context: Context, plan: pipeline.Schedule):
+    """The stack by stages. What layers put into "updates" is the mean over microbatches, as in accumulation."""
+
+    def layer(leaves: Any, x: jax.Array, context: Context) -> tuple[jax.Array, Any, Any]:
+        block = Block(spec, moe.Moe if spec.num_experts else None, parent=None)
+        variables, number = leaves
+        ((x, _), routed), said = block.apply(variables, (x, None), number, context, mutable=["updates"])
+        return x, routed, said.get("updates", {})
+
+    if spec.remat != "none":
+        layer = jax.checkpoint(layer, policy=REMAT[spec.remat], prevent_cse=False)
+    own = {name: tree["layers"] for name, tree in module.variables.items() if "layers" in tree}
+    numbers = jnp.arange(spec.num_layers)
+    x, routed, updates = pipeline.run(layer, (own, numbers), x, context, plan, spec.unroll)
+    if updates:
+        module.put_variable("updates", "layers", updates)
+    return (x, None), routed
 
 
 def stack(spec: Spec) -> nn.Module:

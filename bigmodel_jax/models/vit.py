@@ -23,7 +23,7 @@ from bigmodel_jax.models.heads import Head, head_flops, read_out
 from bigmodel_jax.models.masks import Mask
 from bigmodel_jax.models.model import Model, Output
 from bigmodel_jax.models.spec import EncoderSpec
-from bigmodel_jax.models.transformer import stack
+from bigmodel_jax.models.transformer import run_layers
 from bigmodel_jax.parallel.rules import constrain
 
 
@@ -93,9 +93,9 @@ class VisionTransformer(nn.Module):
             token = bias(self, "class_token", (spec.embed_dim,), ("norm",), spec) + table[0]
             x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, spec.embed_dim)), x], axis=1)
         x = ops.dropout(x, ops.fold(keys, spec.num_layers), spec.embed_dropout)
-        x = constrain(x, ("batch", "length", "embed_act"))
+        x = constrain(x, ("rows", "length", "embed_act"))
         context = Context(Mask(), None, keys, None)
-        (x, _), _ = stack(spec)((x, None), jnp.arange(spec.num_layers), context)
+        (x, _), _ = run_layers(self, spec, x, None, context)
         x, extra = read_out(spec, norm(spec, "norm_final", x), None, keys)
         return Output(x, Head(spec, name="head")(None), extra=extra)
 

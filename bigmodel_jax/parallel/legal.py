@@ -6,6 +6,7 @@ import dataclasses
 
 from bigmodel_jax.errors import InputError, nearest
 from bigmodel_jax.parallel.mesh import batch_shards
+from bigmodel_jax.parallel.pipeline import schedule
 from bigmodel_jax.parallel.rules import Layout
 
 
@@ -14,7 +15,8 @@ class Facts:
     """What a layout depends on. 0 means that the model has no such thing.
 
     stacks: layers of each stack of equal layers. lengths: of each sequence. heads: of queries.
-    rows: global rows of one forward pass. grouped: the rows are normalised or routed in groups that cross rows.
+    rows: global rows of one forward pass. group: as many rows that follow each other are routed together; 0: all.
+    shared: layers have the same parameters.
     buffers: of experts with a capacity, one per group of rows.
     """
 
@@ -24,7 +26,8 @@ class Facts:
     heads: int = 0
     experts: int = 0
     rows: int = 1
-    grouped: bool = False
+    group: int = 1
+    shared: bool = False
     buffers: int = 0
 
 
@@ -77,12 +80,17 @@ def _stages(layout: Layout, facts: Facts) -> None:
         if layout.repeats > 1 or layout.microbatches:
             raise InputError("mesh.repeats and mesh.microbatches are of a pipeline; they need mesh.stage above 1")
         return
-    if not facts.stacks:
+    if not facts.stacks or facts.shared:
+        what = "has one for all layers" if facts.shared else "has none"
         raise InputError(
-            f"mesh.stage {stages} cuts a stack of equal layers, and this {facts.model} has none; use mesh.fsdp instead"
+            f"mesh.stage {stages} cuts a stack of layers with parameters of their own, and this {facts.model} {what}; "
+            "use mesh.fsdp instead"
         )
-    if facts.grouped:
-        raise InputError(f"mesh.stage {stages}: a {facts.model} with these options mixes rows of several microbatches")
+    if not facts.group:
+        raise InputError(
+            f"mesh.stage {stages}: a pipeline cuts rows into microbatches, and this {facts.model} routes all together; "
+            "set model.expert_group to 1 or more rows"
+        )
     for layers in facts.stacks:
         if layers % (stages * layout.repeats):
             legal = [d for d in _divisors(layers) if d % layout.repeats == 0]
@@ -90,12 +98,14 @@ def _stages(layout: Layout, facts: Facts) -> None:
                 f"mesh.stage {stages} x mesh.repeats {layout.repeats} does not divide {layers} layers; legal "
                 f"mesh.stage: {[d // layout.repeats for d in legal]}"
             )
-    shards, parts = batch_shards(layout.mesh), layout.microbatches or stages
-    if facts.rows % (parts * shards):
-        legal = _divisors(facts.rows // shards) if facts.rows % shards == 0 else []
+    shards, parts = batch_shards(layout.mesh), schedule(layout).microbatches
+    if parts % stages or facts.rows % (parts * shards * facts.group):
+        legal = _divisors(facts.rows // (shards * facts.group)) if facts.rows % (shards * facts.group) == 0 else []
+        together = f" in groups of {facts.group}" if facts.group > 1 else ""
         raise InputError(
-            f"{parts} pipeline microbatches do not divide the {facts.rows} rows of a forward pass over {shards} batch "
-            f"shards; legal mesh.microbatches: {[d for d in legal if d >= stages] or 'none: give it more rows'}"
+            f"mesh.microbatches {parts} should be a multiple of mesh.stage {stages} and cut the {facts.rows} rows of a "
+            f"forward pass{together}, over {shards} batch shards, evenly; legal: "
+            f"{[d for d in legal if d % stages == 0] or 'none: give it more rows'}"
         )
 
 

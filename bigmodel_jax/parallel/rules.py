@@ -28,8 +28,8 @@ from bigmodel_jax.parallel.mesh import BATCH_AXES
 Rules = tuple[tuple[str, tuple[str, ...]], ...]
 
 LOGICAL = (
-    "batch", "group", "length", "vocab", "vocab_act", "embed", "embed_act", "heads", "kv_heads", "head_dim", "mlp",
-    "layers", "norm", "conv_in", "conv_out", "classes", "spatial", "positions", "experts",
+    "batch", "rows", "group", "length", "vocab", "vocab_act", "embed", "embed_act", "heads", "kv_heads", "head_dim",
+    "mlp", "layers", "norm", "conv_in", "conv_out", "classes", "spatial", "positions", "experts",
 )  # fmt: skip
 
 # Of a weight, the dimensions that an fsdp axis may cut: the one that is gathered before use, or,
@@ -38,10 +38,13 @@ CUT = (
     "embed", "conv_in", "mlp", "conv_out", "vocab", "heads", "kv_heads", "head_dim", "positions", "classes",
     "experts",
 )  # fmt: skip
-STATE_AXES = ("fsdp", "expert", "context")
+STATE_AXES = ("fsdp", "expert", "context", "stage")
+# Of rows outside a layer stack, where stages would otherwise repeat each other's work.
+ROW_AXES = (*BATCH_AXES, "stage")
 
 RULES: Rules = (
     *(("batch", group) for size in (3, 2, 1) for group in itertools.combinations(BATCH_AXES, size)),
+    *(("rows", group) for size in (4, 3, 2, 1) for group in itertools.combinations(ROW_AXES, size)),
     # Groups of rows whose experts lie on the expert axis, which cut those rows until then.
     ("group", ("data", "fsdp")),
     ("length", ("context",)),
@@ -88,7 +91,7 @@ class Layout:
         """The rules of parameters while they are used: whole over the fsdp axes under ZeRO-1."""
         if self.zero == 3:
             return self.rules
-        kept = (("experts", ("expert",)),)
+        kept = (("experts", ("expert",)), ("layers", ("stage",)))
         return tuple(rule for rule in self.rules if rule in kept or not set(rule[1]) <= set(STATE_AXES))
 
     def size(self, axis: str) -> int:
@@ -137,13 +140,15 @@ def spec(
     placed: list[tuple[str, ...]] = [()] * len(shape)
     # An activation's fsdp axes belong to its batch and length, divisible or not: falling back to
     # a feature dimension would trade a replicated batch for a gather in every layer.
-    used = {"data", *STATE_AXES} if "batch" in axes else {"data", "fsdp", "context"} if "group" in axes else set()
+    used = {"data", *STATE_AXES} if {"batch", "rows"} & set(axes) else set()
+    if "group" in axes:
+        used = {"data", "fsdp", "context", "stage"}
     for logical, group in rules:
         group = tuple(axis for axis in group if mesh.shape[axis] > 1)
         for d, name in enumerate(axes):
             if name != logical or not group:
                 continue
-            free = not placed[d] if name in ("batch", "group", "length") else not used.intersection(group)
+            free = not placed[d] if name in ("batch", "rows", "group", "length") else not used.intersection(group)
             pieces = math.prod(mesh.shape[axis] for axis in placed[d] + group)
             if free and shape[d] % pieces == 0:
                 placed[d] = placed[d] + group

@@ -1,0 +1,285 @@
+"""Pipeline parallelism: a stack of equal layers, cut over the stage axis of the mesh, inside one jit.
+
+The schedules are GPipe (Huang et al. 2019, arXiv:1811.06965) and its circular form, in which each stage has
+several pieces of the stack and every microbatch goes around as often (Narayanan et al. 2021, arXiv:2104.04473,
+section 2.2). All stages run one program: what they work on is a buffer whose first dimension, S, is pinned to
+the stage axis; a tick applies every stage to its row of the buffer (`jax.vmap`) and moves the rows on by one,
+which the compiler makes a collective-permute. The backward pass is that loop in reverse.
+
+Letters: S stages, M microbatches (a multiple of S), R pieces of the stack on each stage, N layers, n = N / (R S) of
+a piece, B rows, D batch shards, T ticks.
+
+    tick t, stage s: turn t - s; turn r M + m is microbatch m in piece r S + s of the stack
+    T = R M + S - 1, of which each stage idles for S - 1: a share of (S - 1) / (R M + S - 1)
+
+Outside the stack (embedding, head, loss) rows are cut over the stages too, so that no stage repeats another's work.
+From there microbatches reach the first stage through a stream: a second buffer [S, M / S, ...] that moves towards
+it by one stage per tick, and takes what the last stage has finished. With M > S a circular schedule has a third, in
+which microbatches wait for their next round.
+
+Costs, per stage beside the layers themselves: a tick sends a microbatch's activations, and everything that travels
+with them, twice (three times where they wait). Parameters stay [N, ...] in the state, cut into runs of N / S layers,
+so that a checkpoint knows nothing of stages; a circular schedule needs them in turns and deals them out anew in each
+pass: R collective-permutes send all but some 1 / S of a stage's share, and as much comes back as gradients.
+With ZeRO-3 a tick gathers its layers' weights over the fsdp axes anew, T times in all.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from bigmodel_jax.parallel.mesh import BATCH_AXES, batch_shards
+from bigmodel_jax.parallel.rules import Layout, active
+
+AXIS = "stage"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How many turns the stages take, and how long that lasts."""
+
+    stages: int
+    microbatches: int
+    repeats: int = 1
+
+    @property
+    def ticks(self) -> int:
+        """Applications of a piece of the stack, one after the other, until the last microbatch is through."""
+        return self.repeats * self.microbatches + self.stages - 1
+
+    @property
+    def idle(self) -> float:
+        """Share of ticks in which a stage has nothing to do."""
+        return (self.stages - 1) / self.ticks
+
+
+def schedule(layout: Layout) -> Schedule:
+    """The schedule that a layout asks for."""
+    stages = layout.size(AXIS)
+    return Schedule(stages, layout.microbatches or stages, layout.repeats)
+
+
+def planned(layers: int, rows: int, together: int = 1) -> Schedule | None:
+    """The schedule of a stack under the active layout.
+
+    None where the stack has to be scanned, each layer's weights gathered from their stage: no stage axis, or
+    layers or rows that it does not divide (`legal.check` refuses those for training).
+
+    Args:
+      together: rows that follow each other and must stay in one microbatch.
+    """
+    layout = active()
+    if layout is None or layout.size(AXIS) == 1:
+        return None
+    plan = schedule(layout)
+    pieces = plan.stages * plan.repeats
+    shares = plan.microbatches * batch_shards(layout.mesh) * together
+    fits = together and layers % pieces == 0 and rows % shares == 0 and plan.microbatches % plan.stages == 0
+    return plan if fits else None
+
+
+def run(
+    apply: Callable[[Any, jax.Array, Any], tuple[jax.Array, Any, Any]],
+    stacked: Any,
+    x: jax.Array,
+    context: Any,
+    plan: Schedule,
+    unroll: int = 1,
+) -> tuple[jax.Array, Any, Any]:
+    """x after all layers of the stack, and what each layer says beside it.
+
+    Args:
+      apply: (one layer's leaves, x, context) -> (x, leaves by row [rows, ...], leaves by microbatch [...]), of any
+        number of rows. Names of axes in it (`rules.constrain`) mean what they mean without a pipeline.
+      stacked: leaves [N, ...]: parameters, and whatever else differs between layers, such as their number.
+      x: [B, ...]. Its sharding, shape and dtype are those of the result.
+      context: leaves [B, ...] travel with their rows of x; others, such as those [1, ...], all rows share.
+      unroll: layers of a piece that are one body of its loop.
+
+    Returns:
+      (x [B, ...], by row [N, B, ...], by microbatch [N, ...] as the mean over microbatches).
+    """
+    layout = active()
+    rows = _Rows(layout, plan, x.shape[0])
+    leaves, structure = jax.tree.flatten(context)
+    moving = [i for i, leaf in enumerate(leaves) if leaf.shape[:1] == x.shape[:1]]
+    given = [x, *(leaves[i] for i in moving)]
+
+    def stage(piece: Any, values: list[jax.Array]) -> tuple[list[jax.Array], Any]:
+        y, *own = [_typed(value, like) for value, like in zip(values, given, strict=True)]
+        filled = list(leaves)
+        for i, value in zip(moving, own, strict=True):
+            filled[i] = value
+        told = jax.tree.unflatten(structure, filled)
+
+        def layer(y: jax.Array, layer_leaves: Any) -> tuple[jax.Array, Any]:
+            y, *said = apply(layer_leaves, y, told)
+            return y, tuple(said)
+
+        y, said = jax.lax.scan(layer, y, piece, unroll=unroll)
+        return [y, *values[1:]], said
+
+    pieces = jax.tree.map(rows.dealt, stacked)
+    values = [rows.cut(_plain(leaf)) for leaf in given]
+    y, said = _loop(jax.vmap(stage, spmd_axis_name=AXIS), pieces, values, plan, rows)
+    by_row, by_batch = jax.tree.map(rows.collected, said)
+    by_batch = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=1).astype(leaf.dtype), by_batch)
+    return rows.joined(y), jax.tree.map(rows.ordered, by_row), by_batch
+
+
+def _loop(stages: Callable, pieces: Any, values: list, plan: Schedule, rows: _Rows) -> tuple[jax.Array, Any]:
+    """All ticks: (x as a stream [S, M / S, ...] in its first order, what was said in each tick [T, S, n, ...]).
+
+    A microbatch waits M - S ticks between its rounds: as long as a buffer of M / S - 1 columns takes to move it
+    over S stages.
+    """
+    columns = plan.microbatches // plan.stages
+    held = columns - 1 if plan.repeats > 1 else 0
+    number = jnp.arange(plan.stages)
+
+    def at_stage(wanted: jax.Array | int, new: list, old: list) -> list:
+        def chosen(new: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.where((number == wanted).reshape(-1, *[1] * (old.ndim - 1)), new, old)
+
+        return jax.tree.map(chosen, new, old)
+
+    def read(stream: list, column: jax.Array) -> list:
+        return [buffer[:, column] for buffer in stream]
+
+    def moved(stream: list, column: jax.Array, done: list) -> list:
+        """The stream with one column a stage nearer to the first, and in it at the last stage what that has done."""
+        nearer = [jnp.roll(values, -1, axis=0) for values in read(stream, column)]
+        added = at_stage(plan.stages - 1, done, nearer)
+        return [rows.pinned(b.at[:, column].set(new), 2) for b, new in zip(stream, added, strict=True)]
+
+    def tick(carry: tuple, t: jax.Array) -> tuple[tuple, Any]:
+        state, stream, waiting = carry
+        entering = at_stage(jnp.where(t < plan.microbatches, 0, -1), read(stream, t % columns), state)
+        state = [rows.pinned(values, 1) for values in entering]
+        turn = jnp.clip((t - number) // plan.microbatches, 0, plan.repeats - 1)
+        done, said = stages(jax.tree.map(lambda leaf: _chosen(leaf, turn), pieces), state)
+        stream = moved(stream, t % columns, done)
+        state = [jnp.roll(values, 1, axis=0) for values in done]
+        if held:
+            state = at_stage(0, read(waiting, t % held), state)
+            waiting = moved(waiting, t % held, done)
+        return ([rows.pinned(values, 1) for values in state], stream, waiting), said
+
+    # Idle stages work on real rows too, whose results nobody reads: finite numbers, also in the backward pass.
+    start = [value[:, 0] for value in values]
+    waiting = [value[:, :held] for value in values] if held else []
+    (_, stream, _), said = jax.lax.scan(tick, (start, values, waiting), jnp.arange(plan.ticks))
+    return jnp.roll(stream[0], 1 - plan.stages, axis=1), said
+
+
+def _chosen(leaf: jax.Array, turn: jax.Array) -> jax.Array:
+    """leaf [S, R, ...] at `turn` [S] of each stage: [S, ...]."""
+    if leaf.shape[1] == 1:
+        return leaf[:, 0]
+    read = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
+    return jax.vmap(read, spmd_axis_name=AXIS)(leaf, turn)
+
+
+def _is_key(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _plain(x: jax.Array) -> jax.Array:
+    """Random keys as the integers they are."""
+    return jax.random.key_data(x) if _is_key(x) else x
+
+
+def _typed(x: jax.Array, like: jax.Array) -> jax.Array:
+    return jax.random.wrap_key_data(x, impl=jax.random.key_impl(like)) if _is_key(like) else x
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Which rows and layers lie where. Nothing moves when rows are cut: each batch shard cuts its own."""
+
+    layout: Layout
+    plan: Schedule
+    number: int
+
+    def pinned(self, x: jax.Array, front: int) -> jax.Array:
+        """x [S, ..., rows, ...] with `front` dimensions before its rows; what follows them stays free."""
+        mesh = self.layout.mesh
+        batch = tuple(axis for axis in BATCH_AXES if mesh.shape[axis] > 1)
+        free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - front - 1)
+        placed = PartitionSpec(AXIS, *[None] * (front - 1), batch or None, *free)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, placed))
+
+    def cut(self, x: jax.Array) -> jax.Array:
+        """[B, ...] -> [S, M / S, B / M, ...]: microbatch s M / S + j is row (s, j)."""
+        shards, (s, m) = batch_shards(self.layout.mesh), (self.plan.stages, self.plan.microbatches)
+        x = x.reshape(shards, s, m // s, -1, *x.shape[1:])
+        return self.pinned(jnp.moveaxis(x, 0, 2).reshape(s, m // s, self.number // m, *x.shape[4:]), 2)
+
+    def ordered(self, x: jax.Array) -> jax.Array:
+        """[N, M, B / M, ...] -> [N, B, ...]: `cut` undone."""
+        shards = batch_shards(self.layout.mesh)
+        x = x.reshape(x.shape[0], x.shape[1], shards, -1, *x.shape[3:])
+        return jnp.moveaxis(x, 2, 1).reshape(x.shape[0], self.number, *x.shape[4:])
+
+    def joined(self, x: jax.Array) -> jax.Array:
+        """[S, M / S, B / M, ...] -> [B, ...], rows cut over the stages as well."""
+        mesh = self.layout.mesh
+        axes = tuple(axis for axis in (*BATCH_AXES, AXIS) if mesh.shape[axis] > 1)
+        x = self.ordered(x.reshape(1, -1, *x.shape[2:]))[0]
+        free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(axes, *free)))
+
+    def collected(self, x: jax.Array) -> jax.Array:
+        """What was said in each tick, [T, S, n, ...], as [N, M, ...]: idle ticks left out."""
+        s, m, r = self.plan.stages, self.plan.microbatches, self.plan.repeats
+        own = jax.vmap(
+            lambda said, first: jax.lax.dynamic_slice_in_dim(said, first, r * m), (1, 0), spmd_axis_name=AXIS
+        )(x, jnp.arange(s))
+        own = jnp.moveaxis(own.reshape(s, r, m, *own.shape[2:]), (1, 0, 3, 2), (0, 1, 2, 3))
+        return own.reshape(-1, *own.shape[3:])
+
+    def dealt(self, x: jax.Array) -> jax.Array:
+        """Leaves [N, ...] of a stack, N / S layers on each stage, as [S, R, n, ...]: the pieces of each stage."""
+        s, r = self.plan.stages, self.plan.repeats
+        x = x.reshape(s * r, -1, *x.shape[1:])
+        if r > 1:
+            x = _dealt(x, s, r, self.layout.mesh)
+        x = x.reshape(s, r, *x.shape[1:])
+        free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.layout.mesh, PartitionSpec(AXIS, *free)))
+
+
+def _dealt(x: jax.Array, s: int, r: int, mesh: Mesh) -> jax.Array:
+    """Pieces [S R, ...] in the order of the stack, to place q R + k the piece k S + q: to stage q its turns.
+
+    Written out, because the compiler would gather all of them. Every stage sends and receives R pieces, so that
+    R permutations do, in each of which every stage sends one and receives one: piece p travels in round
+    (p + p // lcm(R, S)) mod R. Of one sender these are R numbers in a row; of one receiver R / gcd(R, S) equal
+    residues modulo gcd(R, S), moved on by one from one run of lcm(R, S) pieces to the next.
+    """
+    rounds = [[-1] * s for _ in range(r)]
+    for p in range(s * r):
+        rounds[(p + p // math.lcm(r, s)) % r][p // r] = p
+
+    def deal(own: jax.Array, stage: jax.Array) -> jax.Array:
+        out = own
+        for pieces in rounds:
+            sent = jnp.asarray([p % r for p in pieces])[stage[0]]
+            to = [(sender, p % s) for sender, p in enumerate(pieces)]
+            place = jnp.asarray([p // s for p in sorted(pieces, key=lambda p: p % s)])[stage[0]]
+            got = jax.lax.ppermute(jax.lax.dynamic_index_in_dim(own, sent), AXIS, to)
+            out = jax.lax.dynamic_update_slice_in_dim(out, got, place, 0)
+        return out
+
+    where = PartitionSpec(AXIS)
+    return jax.shard_map(
+        deal, mesh=mesh, in_specs=(where, where), out_specs=where, axis_names={AXIS}, check_vma=False
+    )(x, jnp.arange(s))
