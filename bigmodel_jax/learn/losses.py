@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from bigmodel_jax.parallel import rules
+from bigmodel_jax.parallel.pieces import Pieces, pieces
 
 Head = Callable[[jax.Array], jax.Array]
 Sums = dict[str, jax.Array]
@@ -42,7 +43,8 @@ def cross_entropy(
       head: a pytree (`jax.tree_util.Partial`) whose call maps [..., D] to logits [..., V].
       targets: integers shaped like `hidden` without D. Any value where the weight is 0.
       weights: same shape; 0 leaves a position out.
-      chunk: positions of L whose logits exist at a time; 0 or >= L means all of them.
+      chunk: positions of L whose logits exist at a time, on each device of those that the length is cut
+        over; 0 or >= L means all of them.
 
     Returns:
       loss_sum, and {"nll": sum of w (Z - logit[target]) in nats, "accuracy": sum of w where the
@@ -117,9 +119,10 @@ def token_losses(
 
     if size == length:
         return one((hidden, targets))
-    parts = (_split(hidden, 1, size)[:, 0], _split(targets, 1, size)[:, 0])
-    nats, correct = (jnp.moveaxis(x, 0, 1) for x in jax.lax.map(one, parts))
-    return tuple(x.reshape(len(x), -1)[:, :length] for x in (nats, correct))
+    cut = pieces(*targets.shape)
+    with rules.use(None):  # as in _loop
+        found = jax.lax.map(one, (_split(hidden, cut, size), _split(targets, cut, size)))
+    return tuple(_join(x, cut, length) for x in found)
 
 
 def _is_float(leaf: jax.Array) -> bool:
@@ -154,12 +157,18 @@ def _wide(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _split(x: jax.Array, pieces: int, size: int) -> jax.Array:
-    """[B, L, ...] -> [chunks, pieces, B/pieces, size, ...], the tail filled with zeros."""
-    rows, length = x.shape[:2]
-    x = jnp.pad(x, [(0, 0), (0, -length % size)] + [(0, 0)] * (x.ndim - 2))
-    x = x.reshape(pieces, rows // pieces, -1, size, *x.shape[2:])
-    return jnp.moveaxis(x, 2, 0)
+def _split(x: jax.Array, cut: Pieces, size: int) -> jax.Array:
+    """[B, L, ...] -> [chunks, pieces, B / rows, size, ...], each piece's tail filled with zeros."""
+    x = cut.split(x)
+    x = jnp.pad(x, [(0, 0), (0, 0), (0, -x.shape[2] % size)] + [(0, 0)] * (x.ndim - 3))
+    return jnp.moveaxis(x.reshape(*x.shape[:2], -1, size, *x.shape[3:]), 2, 0)
+
+
+def _join(x: jax.Array, cut: Pieces, length: int) -> jax.Array:
+    """The inverse of `_split`."""
+    x = jnp.moveaxis(x, 0, 2)
+    x = x.reshape(*x.shape[:2], -1, *x.shape[4:])
+    return cut.join(x[:, :, : length // cut.lengths])
 
 
 def _loop(
@@ -167,33 +176,32 @@ def _loop(
 ) -> tuple:
     """Run `fn` chunk by chunk; sums and head gradients are added up, hidden gradients joined.
 
-    On a mesh every batch shard gets its own copy of the head, so that the head is gathered once
-    before the loop and its gradient reduced once after it, not once per chunk.
+    On a mesh every shard of the batch and of the length gets its own copy of the head, so that the head is
+    gathered once before the loop and its gradient reduced once after it, not once per chunk.
     """
     rows, length, _ = hidden.shape
-    size = static[1]
-    if size == length:
+    if static[1] == length:
         sums, *grads = fn(static, hidden, leaves, *rest)
         return sums, grads
-    pieces = rules.batch_pieces(rows)
-    own = rules.pin_pieces([jnp.broadcast_to(x, (pieces, *x.shape)) for x in leaves])
-    xs = tuple(_split(x, pieces, size) for x in (hidden, *rest))
+    cut = pieces(rows, length)
+    size = min(static[1], length // cut.lengths)
+    own = cut.pin([jnp.broadcast_to(x, (cut.count, *x.shape)) for x in leaves])
+    xs = tuple(_split(x, cut, size) for x in (hidden, *rest))
 
     def body(carry: tuple, x: tuple) -> tuple[tuple, Any]:
         with rules.use(None):  # the pieces are the batch sharding; inner names must not redo it
             sums, *grads = jax.vmap(fn, (None, 0, 0, 0, 0))(static, x[0], own, *x[1:])
         dh, dleaves = grads if grads else (None, [])
         added = jax.tree.map(lambda c, n: c + n.astype(c.dtype), carry, (sums, dleaves))
-        return (added[0], rules.pin_pieces(added[1])), dh
+        return (added[0], cut.pin(added[1])), dh
 
     out = jax.eval_shape(lambda: _chunk_shapes(static, fn, own, xs))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), out)
-    (sums, dleaves), dh = jax.lax.scan(body, (zeros[0], rules.pin_pieces(zeros[1])), xs)
+    (sums, dleaves), dh = jax.lax.scan(body, (zeros[0], cut.pin(zeros[1])), xs)
     sums, dleaves = jax.tree.map(lambda x: jnp.sum(x, axis=0), (sums, dleaves))
     if dh is None:
         return sums, []
-    dh = jnp.moveaxis(dh, 0, 2).reshape(rows, -1, hidden.shape[-1])[:, :length]
-    return sums, [dh, dleaves]
+    return sums, [_join(dh, cut, length), dleaves]
 
 
 def _chunk_shapes(static: tuple, fn: Callable[..., tuple], own: list, xs: tuple) -> tuple:

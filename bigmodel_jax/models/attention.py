@@ -11,6 +11,7 @@ splash       jax's Pallas kernel on TPU
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 
@@ -18,10 +19,10 @@ import jax
 import jax.numpy as jnp
 
 from bigmodel_jax.errors import InputError
-from bigmodel_jax.models import target
+from bigmodel_jax.models import ring, target
 from bigmodel_jax.models.blockwise import blockwise
 from bigmodel_jax.models.masks import Mask
-from bigmodel_jax.models.scores import Rule, biases, exponentials, finish, kept, split
+from bigmodel_jax.models.scores import Part, Rule, biases, exponentials, finish, kept, split
 
 _log = logging.getLogger(__name__)
 
@@ -33,6 +34,8 @@ def refusal(
 ) -> str | None:
     """Why `backend` cannot compute this, or None when it can."""
     parts, length, memory = mask.parts(), q.shape[1], k.shape[1]
+    if mask.zigzag:
+        return "the length is stored for a ring of devices"
     if backend == "reference":
         return None
     if backend == "blockwise":
@@ -147,43 +150,60 @@ def attention(
       InputError: the backend cannot compute this.
     """
     dropout = 0.0 if dropout_keys is None else dropout
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    rule = Rule(scale=scale, softcap=softcap, alibi=alibi, dropout=dropout)
+    attend = functools.partial(_attend, backend, rule)
+    crossing = ring.crossing(q, k, mask, bias is not None)
+    if crossing == "ulysses":
+        return ring.ulysses(attend, q, k, v, mask, dropout_keys, bias)
+    if crossing == "ring":
+        if backend not in ring.BACKENDS:
+            raise InputError(
+                f"attention='{backend}' cannot go around a ring of devices (mesh.context); possible: "
+                f"{list(ring.BACKENDS)}, or all with mesh.context_by=ulysses"
+            )
+        _log.info("attention: blockwise in a ring of devices")
+        return ring.ring(q, k, v, mask, dropout_keys, rule)
+    return attend(q, k, v, mask, bias, dropout_keys)
+
+
+def _attend(backend: str, rule: Rule, q, k, v, mask: Mask, bias, dropout_keys, part: Part | None = None) -> jax.Array:
+    """Attention of arrays that are all there; `part` says of what."""
     name, reason = choose(
-        q, k, mask, backend=backend, softcap=softcap, alibi=alibi, bias=bias is not None, dropout=dropout
+        q, k, mask, backend=backend, softcap=rule.softcap, alibi=rule.alibi, bias=bias is not None, dropout=rule.dropout
     )
     if q.shape[1] > 1:
         _log.info("attention: %s (%s)", name, reason)
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    rule = Rule(scale=scale, softcap=softcap, alibi=alibi, dropout=dropout)
     if name == "blockwise":
-        return blockwise(q, k, v, mask, dropout_keys, rule)
+        return blockwise(q, k, v, mask, dropout_keys, part, rule)
     if name in ("dot_product", "cudnn"):
-        return _library(q, k, v, mask, bias, rule, "xla" if name == "dot_product" else "cudnn")
+        return _library(q, k, v, mask, bias, rule, part, "xla" if name == "dot_product" else "cudnn")
     if name == "splash":
         from bigmodel_jax.models.splash import splash
 
         return splash(q, k, v, mask, rule)
-    return _reference(q, k, v, mask, bias, dropout_keys, rule)
+    return _reference(q, k, v, mask, bias, dropout_keys, rule, part)
 
 
-def _reference(q, k, v, mask: Mask, bias, dropout_keys, rule: Rule) -> jax.Array:
+def _reference(q, k, v, mask: Mask, bias, dropout_keys, rule: Rule, part: Part | None) -> jax.Array:
     tile = (0, q.shape[1], 0, k.shape[1])
     high = jnp.promote_types(q.dtype, jnp.float32)
     q5 = split(q, k.shape[2])
     raw = jnp.einsum("blgrk,bmgk->bgrlm", q5, k, preferred_element_type=high)
-    e, total, _ = exponentials(finish(raw, mask, rule, tile, bias)[0])
+    e, total, _ = exponentials(finish(raw, mask, rule, tile, bias, part)[0])
     p = e / jnp.where(total > 0, total, 1.0)
     if rule.dropout:
-        keep = kept(dropout_keys, rule, q.shape[2], tile, k.shape[1]).reshape(p.shape)
+        keep = kept(dropout_keys, rule, tile, part or Part(q.shape[2], k.shape[1]), q.shape[2]).reshape(p.shape)
         p = jnp.where(keep, p / (1.0 - rule.dropout), 0.0)
     out = jnp.einsum("bgrlm,bmgk->blgrk", p.astype(v.dtype), v, preferred_element_type=high)
     return out.reshape(q.shape[:3] + v.shape[3:]).astype(q.dtype)
 
 
-def _library(q, k, v, mask: Mask, bias, rule: Rule, implementation: str) -> jax.Array:
+def _library(q, k, v, mask: Mask, bias, rule: Rule, part: Part | None, implementation: str) -> jax.Array:
     """jax.nn.dot_product_attention: plain masks by its flags, the others as an array."""
     length, memory = q.shape[1], k.shape[1]
     if rule.alibi:
-        line = biases(mask, rule, q.shape[2], (0, length, 0, memory), q.dtype)
+        line = biases(mask, q.shape[2], (0, length, 0, memory), q.dtype, part)
         bias = line if bias is None else bias + line
     if bias is not None:
         bias = jnp.broadcast_to(bias, (bias.shape[0], q.shape[2], length, memory)).astype(q.dtype)

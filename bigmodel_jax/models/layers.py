@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from bigmodel_jax.errors import InputError, nearest
 from bigmodel_jax.models import target
 from bigmodel_jax.models.laid import Laid
+from bigmodel_jax.parallel.pieces import pieces
 
 # XLA:CPU adds scattered rows in a loop of some 20 us each: up to this many table rows a matmul wins.
 ONE_HOT_ROWS = 2048
@@ -112,6 +113,8 @@ def _project_backward(letters, saved, g):
     x, w = saved
     (left, right), out = letters.split("->")[0].split(","), letters.split("->")[1]
     dx = jnp.einsum(f"{out},{right}->{left}", g, w)
+    if pieces(*x.shape[:2]).lengths > 1:
+        return dx, jnp.einsum(f"{left},{out}->{right}", x, g)  # as one axis, B and a cut L would be gathered
     x, g = (y.reshape(-1, *y.shape[2:]) for y in (x, g))
     return dx, jnp.einsum(f"z{left[2:]},z{out[2:]}->{right}", x, g)
 
@@ -139,6 +142,12 @@ def _add_bias_backward(b, g):
 add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 
 
+def _contracted(a: jax.Array, b: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+    """[..., x] and [..., y] to [x, y]: a product summed over all leading dimensions."""
+    lead = tuple(range(a.ndim - 1))
+    return jax.lax.dot_general(a, b, ((lead, lead), ((), ())), preferred_element_type=dtype)
+
+
 @jax.custom_vjp
 def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
     """Rows ids [...] of table [V, D]; the gradient is summed in `wide`, whatever the table is."""
@@ -152,12 +161,13 @@ def _lookup_forward(table, ids):
 def _lookup_backward(saved, g):
     table, ids = saved
     rows, dim = table.shape
-    flat, g = ids.reshape(-1), g.reshape(-1, dim)
+    if ids.ndim != 2 or pieces(*ids.shape).lengths == 1:
+        ids, g = ids.reshape(-1), g.reshape(-1, dim)
     if rows <= ONE_HOT_ROWS and target.platform() == "cpu":
-        one_hot = (flat[:, None] == jnp.arange(rows)).astype(g.dtype)
-        dt = jnp.einsum("zv,zd->vd", one_hot, g, preferred_element_type=wide(g.dtype))
+        one_hot = (ids[..., None] == jnp.arange(rows)).astype(g.dtype)
+        dt = _contracted(one_hot, g, wide(g.dtype))
     else:
-        dt = jnp.zeros(table.shape, wide(g.dtype)).at[flat].add(g.astype(wide(g.dtype)))
+        dt = jnp.zeros(table.shape, wide(g.dtype)).at[ids].add(g.astype(wide(g.dtype)))
     return dt.astype(table.dtype), None
 
 
@@ -188,9 +198,10 @@ def _wide_backward(letters, saved, g):
     a, b = saved
     g = g.astype(a.dtype)
     (left, right), out = letters.split("->")[0].split(","), letters.split("->")[1]
-    rows = [x.reshape(-1, x.shape[-1]) for x in (a, g)]
-    db = jnp.einsum(f"z{left[3:]},z{out[3:]}->{right}", *rows)
-    return jnp.einsum(f"{out},{right}->{left}", g, b), db
+    da = jnp.einsum(f"{out},{right}->{left}", g, b)
+    if a.ndim != 3 or pieces(*a.shape[:2]).lengths == 1:
+        a, g = (x.reshape(-1, x.shape[-1]) for x in (a, g))
+    return da, _contracted(a, g) if right == left[3:] + out[3:] else _contracted(g, a)
 
 
 _wide_einsum.defvjp(_wide_forward, _wide_backward)

@@ -24,7 +24,8 @@ class Mask:
     segments_q [B, L], segments_kv [B, M] (default: segments_q): equal numbers, so that packed
       documents do not see each other.
     kv_length [B]: j < kv_length; the rest of a cache is empty.
-    offset [B]: query 0 is at index `offset` of the keys (cached decoding); default 0.
+    offset [B or 1]: query 0 is at index `offset` of the keys (cached decoding); default 0.
+    zigzag: the length is stored in the order of parallel/context.py; only the ring knows what to do with it.
 
     i and j are indices in the row, not positions: in packed rows both agree inside a segment.
     A query that sees no key gets zeros.
@@ -32,6 +33,7 @@ class Mask:
 
     causal: bool = field(default=False, metadata={"static": True})
     window: int = field(default=0, metadata={"static": True})
+    zigzag: bool = field(default=False, metadata={"static": True})
     segments_q: jax.Array | None = None
     segments_kv: jax.Array | None = None
     prefix: jax.Array | None = None
@@ -42,7 +44,7 @@ class Mask:
         """Names of the conditions in force."""
         names = ("segments_q", "segments_kv", "prefix", "kv_length", "offset")
         dynamic = {name for name in names if getattr(self, name) is not None}
-        return dynamic | {name for name in ("causal", "window") if getattr(self, name)}
+        return dynamic | {name for name in ("causal", "window", "zigzag") if getattr(self, name)}
 
     def distance(self, i0: Index, rows: int, j0: int, cols: int) -> jax.Array:
         """i - j as int32 [B or 1, rows, cols] for queries from i0 and keys from j0."""

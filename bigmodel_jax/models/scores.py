@@ -6,7 +6,7 @@ A tile is (i0, rows, j0, cols): queries i0 .. i0 + rows against keys j0 .. j0 + 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -27,27 +27,45 @@ class Rule:
     dropout: float = 0.0
 
 
-def biases(mask: Mask, rule: Rule, heads: int, tile: Tile, dtype: jnp.dtype) -> jax.Array:
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Part:
+    """Which part of attention the arrays at hand are, where devices share it out.
+
+    heads, memory: how many heads and keys the whole has. head, query, key: numbers in the whole of the first
+    ones here.
+    """
+
+    heads: int = field(metadata={"static": True})
+    memory: int = field(metadata={"static": True})
+    head: Index = 0
+    query: Index = 0
+    key: Index = 0
+
+
+def biases(mask: Mask, heads: int, tile: Tile, dtype: jnp.dtype, part: Part | None = None) -> jax.Array:
     """ALiBi biases [B or 1, H, rows, cols]."""
-    slopes = jnp.asarray(alibi_slopes(heads), dtype)[:, None, None]
-    return -slopes * jnp.abs(mask.distance(*tile))[:, None].astype(dtype)
+    slopes = jnp.asarray(alibi_slopes(heads if part is None else part.heads), dtype)
+    if part is not None:
+        slopes = jax.lax.dynamic_slice_in_dim(slopes, part.head, heads)
+    return -slopes[:, None, None] * jnp.abs(mask.distance(*tile))[:, None].astype(dtype)
 
 
-def kept(keys: jax.Array, rule: Rule, heads: int, tile: Tile, memory: int) -> jax.Array:
-    """Dropout factors 0 or 1 / (1 - rate), bool [B, H, rows, cols].
+def kept(keys: jax.Array, rule: Rule, tile: Tile, part: Part, heads: int) -> jax.Array:
+    """Which probabilities dropout leaves, bool [B, H, rows, cols].
 
     One key per row and query: a tile's mask is a cut of the whole mask, whatever the tiling.
     """
     i0, rows, j0, cols = tile
-
     share = jnp.float32(1.0 - rule.dropout)  # a Python number would draw other bits under float64
 
     def row(key: jax.Array, i: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(key, i)
-        return jax.random.bernoulli(key, share, (heads, memory))[:, j0 : j0 + cols]
+        drawn = jax.random.bernoulli(jax.random.fold_in(key, i), share, (part.heads, part.memory))
+        own = jax.lax.dynamic_slice_in_dim(drawn, part.head, heads)
+        return jax.lax.dynamic_slice_in_dim(own, part.key + j0, cols, axis=1)
 
     over_queries = jax.vmap(row, (None, 0), 1)
-    return jax.vmap(over_queries, (0, None))(keys, i0 + jnp.arange(rows))
+    return jax.vmap(over_queries, (0, None))(keys, part.query + i0 + jnp.arange(rows))
 
 
 def split(q: jax.Array, groups: int) -> jax.Array:
@@ -57,7 +75,12 @@ def split(q: jax.Array, groups: int) -> jax.Array:
 
 
 def finish(
-    raw: jax.Array, mask: Mask, rule: Rule, tile: Tile, bias: jax.Array | None = None
+    raw: jax.Array,
+    mask: Mask,
+    rule: Rule,
+    tile: Tile,
+    bias: jax.Array | None = None,
+    part: Part | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Scores from raw products q k^T [B, G, R, rows, cols]; hidden keys score -inf.
 
@@ -71,7 +94,7 @@ def finish(
     s = raw * rule.scale
     capped = s = rule.softcap * jnp.tanh(s / rule.softcap) if rule.softcap else s
     if rule.alibi:
-        line = biases(mask, rule, groups * per, tile, raw.dtype)
+        line = biases(mask, groups * per, tile, raw.dtype, part)
         s = s + line.reshape(line.shape[0], groups, per, *line.shape[2:])
     if bias is not None:
         full = jnp.broadcast_to(bias, (bias.shape[0], groups * per, *bias.shape[2:]))

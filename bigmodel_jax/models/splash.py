@@ -13,7 +13,7 @@ from bigmodel_jax.models.masks import Mask
 from bigmodel_jax.models.scores import Rule
 from bigmodel_jax.parallel import rules
 
-_HEADS = ("batch", "length", "heads", "head_dim")
+_HEADS = ("batch", None, "heads", "head_dim")  # it needs the whole length: see ring.py for one that is cut
 
 
 def splash(
@@ -40,7 +40,7 @@ def splash(
     if rules.spec(_HEADS, k.shape, mesh) != heads:
         # Fewer groups than head shards: give every head its own copy of its group.
         k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
-    rows = rules.spec(("batch", "length"), q.shape[:2], mesh)
+    rows = rules.spec(("batch", None), q.shape[:2], mesh)
     return jax.shard_map(
         local,
         mesh=mesh,
