@@ -73,6 +73,11 @@ def _parser(chosen: str = "") -> _Parser:
     certify.add_argument("--float64", action="store_true", help="only in float64, not in the config's own precision")
     certify.add_argument("--full", action="store_true", help="the config as it is, instead of made small")
     certify.add_argument("--out", default="", help="file for the certificate as JSON")
+    compare = verb("compare", "Where two runs differ: config, batches, losses.", config=False)
+    compare.add_argument("first")
+    compare.add_argument("second")
+    compare.add_argument("--tolerance", type=float, default=1e-3, help="relative difference that is more than rounding")
+    compare.add_argument("--out", default="", help="folder for a page with the curves")
     prepare = verb("prepare", "Turn a corpus into token shards.", config=False)
     prepare.add_argument("--source", action="append", required=True, help="stdlib, files, folders, globs, tfds:...")
     prepare.add_argument("--out", required=True, help="directory for the shards")
@@ -120,7 +125,9 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _check_verb(arguments: Sequence[str]) -> None:
-    verbs = ("train", "eval", "probe", "generate", "prepare", "convert", "launch", "status", "study", "certify")
+    verbs = (
+        "train", "eval", "probe", "generate", "prepare", "convert", "launch", "status", "study", "certify", "compare",
+    )  # fmt: skip
     if arguments and not arguments[0].startswith("-") and arguments[0] not in verbs:
         raise InputError(f"unknown verb '{arguments[0]}'{nearest(arguments[0], verbs)}; verbs: {', '.join(verbs)}")
 
@@ -183,6 +190,10 @@ def run(argv: Sequence[str]) -> None:
         from bigmodel_jax.launch.command import launch
 
         launch(args, overrides)
+    elif args.verb == "compare":
+        from bigmodel_jax.study.compare import compare_runs
+
+        compare_runs(args.first, args.second, args.tolerance, args.out)
     elif args.verb == "study":
         from bigmodel_jax.study.command import carry_out
 

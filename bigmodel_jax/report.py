@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from typing import Any
 
@@ -16,8 +14,7 @@ from bigmodel_jax.generate import generate
 
 def state_hash(state: Any) -> str:
     """Hash over the fingerprints of all leaves: equal for bitwise equal states on any mesh."""
-    prints = fingerprint.of_leaves(record.storable(state)[0])
-    return hashlib.sha256(json.dumps(prints, sort_keys=True).encode()).hexdigest()[:16]
+    return fingerprint.digest(record.storable(state)[0])
 
 
 def sample(exp: Experiment, variables: Any, settings: Any, key: jax.Array) -> str:

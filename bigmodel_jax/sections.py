@@ -96,7 +96,8 @@ class Guard:
 
 @dataclass(frozen=True)
 class Log:
-    """every: steps between metrics rows. norms: gradient, parameter and update norm per group."""
+    """every: steps between metrics rows. norms: gradient, parameter and update norm per group. ledger: example ids
+    and a hash of the batch of every step, by which `bigmodel compare` finds where two runs were fed differently."""
 
     every: int = 10
     norms: bool = False

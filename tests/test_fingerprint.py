@@ -21,6 +21,9 @@ def test_fingerprint_sees_bits_and_order_on_any_mesh(dtype):
     for spec in (PartitionSpec(), PartitionSpec("a"), PartitionSpec("a", None, "b")):
         y = jax.device_put(x, NamedSharding(mesh(4, 2), spec))
         assert fingerprint.of_leaves({"y": y}) == {"y": expected}
+    # A batch of two microbatches of four rows is the batch of eight.
+    assert fingerprint.digest({"y": x.reshape(2, 4, 6, 4)}) == fingerprint.digest({"y": jax.device_put(x)})
+    assert fingerprint.digest({"y": x[::-1]}) != fingerprint.digest({"y": x})
     swapped = x.copy()
     swapped[0, 0, 0], swapped[7, 5, 3] = x[7, 5, 3], x[0, 0, 0]
     assert fingerprint.of_numpy(swapped) != expected
