@@ -10,6 +10,10 @@ os.environ["XLA_FLAGS"] = (
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+# LLVM's expensive passes make tiny programs no faster, and take half of the suite's time. What tests start as
+# processes of their own is compiled as a user's is.
+jax.config.update("jax_disable_most_optimizations", True)
+
 
 @pytest.fixture
 def x64():

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from bigmodel_jax import mup
 from bigmodel_jax.models import cache as caches
@@ -219,6 +220,7 @@ class Block(nn.Module):
     def __call__(self, carry, number: jax.Array, context: Context):
         spec = self.spec
         x, cache = carry
+        x = checkpoint_name(x, "layer_input")
         keys = ops.fold(context.dropout_keys, number)
         context = context._replace(dropout_keys=keys)
         pre, post = spec.norm_placement != "post", spec.norm_placement == "sandwich"
@@ -229,7 +231,7 @@ class Block(nn.Module):
         def after(y: jax.Array, name: str, site: int) -> jax.Array:
             y = norm(spec, f"{name}_post", y) if post else y
             y = y / spec.ratio.depth if spec.ratio.depth != 1 else y
-            return ops.dropout(y, ops.fold(keys, site), spec.dropout)
+            return ops.dropout(y, ops.fold(keys, site), spec.dropout, context.mask.zigzag)
 
         def joined(y: jax.Array, name: str) -> jax.Array:
             y = y if pre else norm(spec, name, y)

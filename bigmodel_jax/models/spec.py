@@ -41,7 +41,11 @@ REMAT = {
     ),
     "attention": _SAVE.save_only_these_names("attention", "attention_lse"),  # attention's alone
     "full": _SAVE.nothing_saveable,  # each layer's input alone
-}
+    "offload": _SAVE.save_and_offload_only_these_names(  # that too, in the host's memory until it is needed
+        names_which_can_be_saved=[], names_which_can_be_offloaded=["layer_input"],
+        offload_src="device", offload_dst="pinned_host",
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +95,7 @@ class Spec(Routing):
       Everything else that grows with the width does so in proportion; a model of the base's sizes is the standard one.
     attention: backend, see models/attention.py.
     unroll: layers per step of the scan over layers; the parameters stay the same.
-    remat: what the backward pass keeps: none, dots, minimal, attention or full (see REMAT).
+    remat: what the backward pass keeps: none, dots, minimal, attention, full or offload (see REMAT).
     dtype, param_dtype: of computation and of parameters.
     num_experts and what follows it: see `routing.Routing`.
 
