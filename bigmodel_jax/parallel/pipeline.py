@@ -121,7 +121,7 @@ def run(
         told = jax.tree.unflatten(structure, filled)
 
         def layer(y: jax.Array, layer_leaves: Any) -> tuple[jax.Array, Any]:
-            y, *said = apply(layer_leaves, y, told)
+            y, *said = apply(jax.tree.map(rows.apart, layer_leaves), y, told)
             return y, tuple(said)
 
         y, said = jax.lax.scan(layer, y, piece, unroll=unroll)
@@ -217,6 +217,11 @@ class _Rows:
         placed = PartitionSpec(AXIS, *[None] * (front - 1), batch or None, *free)
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, placed))
 
+    def apart(self, x: jax.Array) -> jax.Array:
+        """A layer's leaf inside a stage, which is another one on each: so that its gradient is not summed over them."""
+        free = PartitionSpec(*[PartitionSpec.UNCONSTRAINED] * x.ndim)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.layout.mesh, free))
+
     def cut(self, x: jax.Array) -> jax.Array:
         """[B, ...] -> [S, M / S, B / M, ...]: microbatch s M / S + j is row (s, j)."""
         shards, (s, m) = batch_shards(self.layout.mesh), (self.plan.stages, self.plan.microbatches)
@@ -257,26 +262,33 @@ class _Rows:
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.layout.mesh, PartitionSpec(AXIS, *free)))
 
 
+def rounds(s: int, r: int) -> list[list[int]]:
+    """How R pieces on each of S stages change places: [round][stage] is the piece that this stage sends.
+
+    Stage q holds pieces q R to q R + R - 1 and gets q, q + S, ...: in each round every stage sends one piece and
+    receives one. Piece p travels in round (p + p // lcm(R, S)) mod R. Of one sender these are R numbers in a row; of
+    one receiver R / gcd(R, S) that are equal modulo gcd(R, S), moved on by one from one run of lcm(R, S) pieces to
+    the next.
+    """
+    out = [[-1] * s for _ in range(r)]
+    for p in range(s * r):
+        out[(p + p // math.lcm(r, s)) % r][p // r] = p
+    return out
+
+
 def _dealt(x: jax.Array, s: int, r: int, mesh: Mesh) -> jax.Array:
     """Pieces [S R, ...] in the order of the stack, to place q R + k the piece k S + q: to stage q its turns.
 
-    Written out, because the compiler would gather all of them. Every stage sends and receives R pieces, so that
-    R permutations do, in each of which every stage sends one and receives one: piece p travels in round
-    (p + p // lcm(R, S)) mod R. Of one sender these are R numbers in a row; of one receiver R / gcd(R, S) equal
-    residues modulo gcd(R, S), moved on by one from one run of lcm(R, S) pieces to the next.
+    Written out, because the compiler would gather all of them.
     """
-    rounds = [[-1] * s for _ in range(r)]
-    for p in range(s * r):
-        rounds[(p + p // math.lcm(r, s)) % r][p // r] = p
 
     def deal(own: jax.Array, stage: jax.Array) -> jax.Array:
         out = own
-        for pieces in rounds:
-            sent = jnp.asarray([p % r for p in pieces])[stage[0]]
-            to = [(sender, p % s) for sender, p in enumerate(pieces)]
-            place = jnp.asarray([p // s for p in sorted(pieces, key=lambda p: p % s)])[stage[0]]
-            got = jax.lax.ppermute(jax.lax.dynamic_index_in_dim(own, sent), AXIS, to)
-            out = jax.lax.dynamic_update_slice_in_dim(out, got, place, 0)
+        for sent in rounds(s, r):
+            piece = jax.lax.dynamic_index_in_dim(own, jnp.asarray([p % r for p in sent])[stage[0]])
+            got = jax.lax.ppermute(piece, AXIS, [(sender, p % s) for sender, p in enumerate(sent)])
+            turn = jnp.asarray([p // s for p in sorted(sent, key=lambda p: p % s)])[stage[0]]
+            out = jax.lax.dynamic_update_slice_in_dim(out, got, turn, 0)
         return out
 
     where = PartitionSpec(AXIS)

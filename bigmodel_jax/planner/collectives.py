@@ -23,7 +23,8 @@ KINDS = (
     "collective-broadcast",
 )  # fmt: skip
 _IOTA = r"\[[\d,]*\]<=\[[\d,]*\](?:T\([\d,]*\))?"
-_GROUPS = re.compile(rf"(?:^|[ ,])replica_groups=(mesh\[.*?\] \{{[^}}]*\}}|{_IOTA}|\{{)")
+_MESH = r"mesh\[[^\]]*\](?:, device_ids=\((?:\[[\d,]*\](?:T\([\d,]*\))?|[\d, ]*)\))? \{[^}]*\}"
+_GROUPS = re.compile(rf"(?:^|[ ,])replica_groups=({_MESH}|{_IOTA}|\{{)")
 # What hands on an array to those that slice it.
 PASS_ON = ("bitcast", "copy", "reshape", "convert", "get-tuple-element", "tuple", "transpose")
 
@@ -134,14 +135,17 @@ def _iota(text: str) -> np.ndarray:
 
 
 def _of_mesh(text: str, instruction: Instruction) -> np.ndarray:
-    """Groups along named axes: "mesh['a'=2,'b'=4] {'b'}"; "'b':(2)2" is a part of b: after 2, of size 2."""
-    inside, wanted = re.fullmatch(r"mesh\[(.*)\] \{(.*)\}", text).groups()
+    """Groups along named axes: "mesh['a'=2,'b'=4] {'b'}"; "'b':(2)2" is a part of b: after 2, of size 2.
+
+    "device_ids=([4,2]T(1,0))" before them: 0..n-1 in that shape, transposed; or the devices one by one.
+    """
+    inside, order, wanted = re.fullmatch(r"mesh\[([^\]]*)\](?:, device_ids=\((.*)\))? \{(.*)\}", text).groups()
     sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", inside)}
-    order = re.search(rf"device_ids=\(?({_IOTA}|[\d,\s]+)", inside)
     ids = np.arange(math.prod(sizes.values()))
     if order:
-        listed = order.group(1)
-        ids = _iota(listed).ravel() if "<=" in listed else np.array([int(n) for n in re.findall(r"\d+", listed)])
+        listed = [[int(n) for n in part.split(",")] for part in re.findall(r"[\d,]+", order.replace(" ", ""))]
+        ids = np.arange(math.prod(listed[0])).reshape(listed[0]) if order.startswith("[") else np.array(listed[0])
+        ids = ids.transpose(listed[1]).ravel() if len(listed) > 1 else ids.ravel()
         if ids.size != math.prod(sizes.values()):
             raise RunError(f"compiled program, line {instruction.line}: unknown order of devices: {text[:200]}")
     parts: list[tuple[str, int, int]] = []  # every axis cut into the pieces that are named apart
