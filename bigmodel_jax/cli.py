@@ -34,6 +34,9 @@ def _parser(chosen: str = "") -> _Parser:
     train = verb("train", "Train an experiment, or continue it.")
     train.add_argument("--workdir", required=True, help="directory of the run")
     train.add_argument("--allow-config-change", action="store_true", help="go on although the config changed")
+    lanes = train.add_mutually_exclusive_group()
+    lanes.add_argument("--seeds", default="", metavar="N,N", help="as one program; each run is WORKDIR/seed-N")
+    lanes.add_argument("--lanes", default="", metavar="FILE", help="runs as one program, see train_lanes.py")
     evaluate = verb("eval", "Evaluate the latest checkpoint of a run.", config=False)
     evaluate.add_argument("--workdir", required=True)
     evaluate.add_argument("--step", type=int, help="checkpoint step, default the latest")
@@ -141,8 +144,13 @@ def run(argv: Sequence[str]) -> None:
         from bigmodel_jax import experiment
         from bigmodel_jax.train import train
 
-        config = experiment.resolve(experiment.read(args.config), overrides)
-        train(config, args.workdir, allow_config_change=args.allow_config_change)
+        raw = experiment.read(args.config)
+        if args.seeds or args.lanes:
+            from bigmodel_jax.train_lanes import train_together
+
+            train_together(raw, overrides, args)
+        else:
+            train(experiment.resolve(raw, overrides), args.workdir, allow_config_change=args.allow_config_change)
     elif args.verb == "eval" and args.tasks:
         from bigmodel_jax.harness import evaluate_tasks
 

@@ -53,9 +53,25 @@ def evaluate(
       sharding: of the leading dimension M of a batch.
       batches: the first so many batches; 0 is the whole set, each example once.
     """
-    total: dict[str, np.ndarray] = {}
     number = pipeline.num_eval_batches
     number = min(batches, number) if batches else number
+    total = totals(
+        lambda batch: step(state, batch),
+        lambda index: global_batch(lambda rows: pipeline.batch(index, rows), sharding, (batch_size,)),
+        number,
+        stop,
+    )
+    if total is None:
+        return None
+    out = means({name: (float(pair[0]), float(pair[1])) for name, pair in total.items()}, coefficients)
+    return {**out, "examples": float(min(len(pipeline.source), number * batch_size))}
+
+
+def totals(
+    step: Callable[[Any], Any], batch: Callable[[int], Any], number: int, stop: Callable[[], bool]
+) -> dict[str, np.ndarray] | None:
+    """{metric: float64 [2, ...], sums and weights added up} over batches 0 to number - 1; None when stopped."""
+    total: dict[str, np.ndarray] = {}
     pending = None
 
     def add(sums: Any) -> None:
@@ -65,15 +81,13 @@ def evaluate(
     for index in range(number):
         if stop():
             return None
-        batch = global_batch(lambda rows, i=index: pipeline.batch(i, rows), sharding, (batch_size,))
-        sums = step(state, batch)
+        sums = step(batch(index))
         if pending is not None:
             add(pending)
         pending = sums
     if pending is not None:
         add(pending)
-    out = means({name: (float(pair[0]), float(pair[1])) for name, pair in total.items()}, coefficients)
-    return {**out, "examples": float(min(len(pipeline.source), number * batch_size))}
+    return total
 
 
 def collect(

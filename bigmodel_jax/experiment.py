@@ -271,7 +271,7 @@ def build(
     if config["lora"]["rank"]:
         model = lora(model, **config["lora"])
     objective = OBJECTIVES[config["objective"]["name"]](**_without_name(config["objective"]))
-    learning_rate, tx = optimizer(config, model)
+    learning_rate, tx = optimizer(config, model, model.abstract())
     experiment = Experiment(
         config=config, model=model, objective=objective, learning_rate=learning_rate, tx=tx,
         layout=layout, spec=dataset.spec(), data=data,
@@ -288,14 +288,16 @@ def build(
     return experiment
 
 
-def optimizer(config: Mapping[str, Any], model: Model, **varied: Any) -> tuple[Callable[[Any], Any], Any]:
+def optimizer(
+    config: Mapping[str, Any], model: Model, abstract: tuple[Any, Any], **varied: Any
+) -> tuple[Callable[[Any], Any], Any]:
     """(learning rate by step, gradient transformation) of a resolved config.
 
-    varied: lr or weight_decay as arrays, in place of the config's, for programs of several runs (lanes.py).
+    abstract: of the model. varied: lr or weight_decay as arrays, for programs of several runs (lanes.py).
     """
     section = {**config["optimizer"], **varied}
     learning_rate = schedules.make(peak=section["lr"], total=config["steps"], **config["schedule"])
-    shapes, axes = model.abstract()
+    shapes, axes = abstract
     options = {k: v for k, v in section.items() if k not in ("lr", "ema")}
     tx = optim.make(shapes["params"], lr=learning_rate, axes=axes["params"], ratio=model.ratio, **options)
     return learning_rate, tx
@@ -380,9 +382,9 @@ def _fit_model_to_data(config: dict[str, Any], data: Loaded | None) -> None:
                 f"config leaf 'model.{leaf}' = {model[leaf]}, but the data has {found}; "
                 f"leave it 0 to take it from the data"
             )
-    length, longest = config["data"].get("length", 0), model.get("max_length", 0)
-    if longest and length > longest:
-        raise InputError(f"data.length {length} is longer than model.max_length {longest}")
+    lengths, longest = (config["data"].get("length", 0), *config["data"].get("eval_lengths", ())), model.get("max_length", 0)
+    if longest and max(lengths) > longest:
+        raise InputError(f"rows of {max(lengths)} tokens (data.length) are longer than model.max_length {longest}")
 
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:

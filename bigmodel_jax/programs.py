@@ -128,21 +128,27 @@ class Programs:
             state["ema"] = jax.tree.map(lambda leaf: leaf.copy(), state["params"])
         return state, inherit.say(report, settings.path)
 
-    def lower_step(self, batch_size: int) -> Any:
-        """The train step of this global batch size, lowered and not compiled."""
+    def train_step(self, learning_rate: Any, tx: Any, layout: Any = None, gradients: Any = None) -> Any:
+        """(state, batch, key) -> (state, metrics), not yet jitted; without layout for one device."""
         exp, guard = self.exp, self.exp.section("guard")
         settings, params = exp.config["optimizer"], self.state["params"]
-        fn = steps.make_train_step(
-            exp.model.apply, exp.model.merge, exp.objective, exp.tx,
-            lr=exp.learning_rate,
+        return steps.make_train_step(
+            exp.model.apply, exp.model.merge, exp.objective, tx,
+            lr=learning_rate,
             guard=steps.Guard(spike=guard.spike_factor, skip=True),
             ema=self.ema,
-            layout=exp.layout,
-            gradients=states.gradients(self.state, self.axes, exp.layout),
+            layout=layout,
+            gradients=gradients,
             frozen=optim.frozen(settings["groups"], params, self.axes["params"], settings["freeze_layers"]),
             frozen_rows=layers.frozen_rows(params, self.axes["params"], settings["freeze_layers"]),
             norms=2 if exp.section("log").norms else 0,
         )  # fmt: skip
+
+    def lower_step(self, batch_size: int) -> Any:
+        """The train step of this global batch size, lowered and not compiled."""
+        exp = self.exp
+        gradients = states.gradients(self.state, self.axes, exp.layout)
+        fn = self.train_step(exp.learning_rate, exp.tx, exp.layout, gradients)
         batch = abstract_batch(exp.spec, self.batch_sharding, exp.cut(batch_size))
         return steps.jit_train_step(fn, self.shardings, exp.mesh).lower(self.state, batch, jax.random.key(0))
 

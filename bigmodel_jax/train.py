@@ -15,10 +15,10 @@ import jax
 import numpy as np
 
 from bigmodel_jax import experiment as experiments
-from bigmodel_jax import sections, tree
+from bigmodel_jax import fingerprint, sections, tree
 from bigmodel_jax import workdir as workdirs
 from bigmodel_jax.checkpoint import Checkpointer
-from bigmodel_jax.data.pipeline import Prefetch
+from bigmodel_jax.data.pipeline import Pipeline, Prefetch
 from bigmodel_jax.errors import InputError, NumericAbort, Preempted
 from bigmodel_jax.evaluate import evaluate, spec
 from bigmodel_jax.experiment import Experiment
@@ -53,33 +53,47 @@ def train(config: Mapping[str, Any], path: str, *, allow_config_change: bool = F
     screen = Screen()
     for line in hosts.roster():
         screen.say(line)
-    workdir = workdirs.open_workdir(path)
     with contextlib.ExitStack() as stack:
-        if hosts.is_first():
-            stack.enter_context(workdirs.lock(workdir))
+        workdir, changes = enter(path, config, stack, allow_config_change)
         stack.enter_context(screen)
-        changes = workdirs.check_config(
-            workdir, config, mechanics=experiments.MECHANICS, derived=experiments.DERIVED, allow=allow_config_change
-        )
         with clock.span("prepare"):
-            exp = experiments.build(config, progress=screen.preparing)
-        if exp.data.train is None:
-            raise InputError(f"data '{config['data']['name']}' has nothing to train on; name a data set (data.name)")
+            exp = prepared(config, workdir, screen)
         for line in changes:
             screen.say(line)
-        if hosts.is_first():
-            workdirs.record_start(workdir, exp.config)
-            if exp.data.report:
-                workdirs.write_json(workdir / "data.json", exp.data.report)
-        return _Run(exp, workdir, clock, screen, stack, allow_config_change).go()
+        return Loop(exp, Programs(exp), workdir, clock, screen, stack, allow_config_change).go()
 
 
-class _Run:
+def enter(
+    path: str, config: Mapping[str, Any], stack: contextlib.ExitStack, allow_config_change: bool
+) -> tuple[Any, list[str]]:
+    """(the directory of a run, locked, lines that say how the config has changed since it was started)."""
+    workdir = workdirs.open_workdir(path)
+    if hosts.is_first():
+        stack.enter_context(workdirs.lock(workdir))
+    return workdir, workdirs.check_config(
+        workdir, config, mechanics=experiments.MECHANICS, derived=experiments.DERIVED, allow=allow_config_change
+    )
+
+
+def prepared(config: Mapping[str, Any], workdir: Any, screen: Screen, devices: Any = None) -> Experiment:
+    """The experiment with its data, and this start of it written down in its directory."""
+    exp = experiments.build(config, devices=devices, progress=screen.preparing)
+    if exp.data.train is None:
+        raise InputError(f"data '{config['data']['name']}' has nothing to train on; name a data set (data.name)")
+    if hosts.is_first():
+        workdirs.record_start(workdir, exp.config)
+        if exp.data.report:
+            workdirs.write_json(workdir / "data.json", exp.data.report)
+    return exp
+
+
+class Loop:
     """The parts of one run, and the loop over them."""
 
     def __init__(
         self,
         exp: Experiment,
+        programs: Programs,
         workdir: Any,
         clock: Clock,
         screen: Screen,
@@ -89,7 +103,7 @@ class _Run:
         self.exp, self.workdir, self.clock, self.screen = exp, workdir, clock, screen
         self.allow_config_change = allow_config_change
         self.settings = {name: exp.section(name) for name in sections.PLAIN}
-        self.programs = Programs(exp)
+        self.programs = programs
         runtime, saving = self.settings["runtime"], self.settings["checkpoint"]
         self.preemption = stack.enter_context(hosts.Preemption())
         self.watchdog = stack.enter_context(hosts.Watchdog(runtime.watchdog_s))
@@ -99,26 +113,29 @@ class _Run:
                 asynchronous=saving.asynchronous, timeout_s=saving.timeout_s, log=screen.say,
             )
         )  # fmt: skip
-        self.log = stack.enter_context(
-            Log(workdir, tensorboard=self.settings["log"].tensorboard, enabled=hosts.is_first())
-        )
+        self.log = stack.enter_context(self.open_log())
         clock.describe(**exp.work())
         rows = exp.eval_rows
         self.evals = {name: (rows, spec(pipeline)) for name, pipeline in exp.data.evals.items()}
+        self.fingerprint = exp.data.fingerprint
         self.key = jax.random.key(exp.run.seed)
         self.saved = -1
+        self.restored: dict[str, Any] = {}
         self.tracing = self.met = False
-        self.pending: tuple[int, Any] | None = None
+        self.pending: tuple[int, Any, str] | None = None
         self.results: dict[str, Any] = {}
         self.stopping = Stopping.of(self.settings["eval"], exp.data.evals)
         self.best: Best | None = None
         self.bests = stack.enter_context(self.keep_best()) if self.stopping else None
 
+    def open_log(self) -> Log:
+        return Log(self.workdir, tensorboard=self.settings["log"].tensorboard, enabled=hosts.is_first())
+
     def go(self) -> dict[str, Any]:
-        exp, steps = self.exp, self.exp.run.steps
+        steps = self.exp.run.steps
         state, step = self.start()
         self.log.truncate(step)
-        self.screen.start(exp, step, self.programs.state, self.clock)
+        self.greet(step)
         with self.batches(step) as batches:
             while True:
                 if step > self.saved and (step == steps or self.due("checkpoint", step)):
@@ -137,6 +154,9 @@ class _Run:
                 step += 1
         return self.finish(step, state)
 
+    def greet(self, step: int) -> None:
+        self.screen.start(self.exp, step, self.programs.state, self.clock)
+
     def due(self, section: str, step: int) -> bool:
         every = self.settings[section].every
         return every > 0 and step > 0 and step % every == 0
@@ -148,12 +168,12 @@ class _Run:
         with self.clock.span("checkpoint"):
             found = self.checkpoints.restore(self.programs.state)
         if found is not None:
-            state, meta = found
-            self.saved = int(meta["step"])
-            if meta["data"] != self.exp.data.fingerprint:
+            state, self.restored = found
+            self.saved = int(self.restored["step"])
+            if self.restored["data"] != self.fingerprint:
                 line = (
-                    f"the data is not that of step {self.saved} (fingerprint {meta['data'][:12]} -> "
-                    f"{self.exp.data.fingerprint[:12]})"
+                    f"the data is not that of step {self.saved} (fingerprint {self.restored['data'][:12]} -> "
+                    f"{self.fingerprint[:12]})"
                 )
                 if not self.allow_config_change:
                     raise InputError(f"{line}; restore the data, or --allow-config-change to go on with the new")
@@ -206,36 +226,50 @@ class _Run:
             self.met = True
         self.profile(step)
         with self.clock.span("step"):
+            # Two runs were fed the same exactly where their ledgers say so; costs a look at every byte of the batch.
+            seen = self.digest(batch) if self.settings["log"].ledger else ""
             state, metrics = self.programs.step(size)(state, batch, self.key)
             self.settle()
-            self.pending = (step, metrics)
+            self.pending = (step, metrics, seen)
         self.watchdog.pat()
         self.checkpoints.check()
         return state
+
+    def digest(self, batch: Any) -> Any:
+        return fingerprint.digest(batch)
 
     def settle(self) -> None:
         """Fetch the metrics of the step before: log them, and act on what they say."""
         if self.pending is None:
             return
-        (step, metrics), self.pending = self.pending, None
+        (step, metrics, seen), self.pending = self.pending, None
         row = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        done, log = step + 1, self.settings["log"]
         self.clock.count(self.exp.data.train.size(step))
-        self.screen.advance(done, row)
+        self.screen.advance(step + 1, row)
+        with workdirs.told_of_divergence(self.workdir):
+            self.note(step, row, self.log, self.exp.data.train, seen)
+
+    def note(self, step: int, row: dict[str, float], log: Log, pipeline: Pipeline, seen: str) -> None:
+        """Log what a step's metrics say.
+
+        Raises:
+          NumericAbort: it was one bad step too many.
+        """
+        done, settings = step + 1, self.settings["log"]
         bad = row["bad_streak"] > 0
         if bad:
-            ids = self.exp.data.train.ids(step)
-            self.log.event(done, "bad_step", {**row, "ids": np.asarray(ids).tolist()})
+            ids = pipeline.ids(step)
+            log.event(done, "bad_step", {**row, "ids": np.asarray(ids).tolist()})
             self.screen.say(f"bad step {step}: loss {row['loss']:.4g}, example ids {_few(ids)}")
-        if log.ledger:
-            self.log.event(done, "batch", {"ids": np.asarray(self.exp.data.train.ids(step)).tolist()})
-        if bad or done % log.every == 0 or done == self.exp.run.steps or done == 1:
-            self.log.write(done, {**row, **self.clock.rates()})
+        if settings.ledger:
+            log.event(done, "batch", {"ids": np.asarray(pipeline.ids(step)).tolist(), "hash": seen})
+        if bad or done % settings.every == 0 or done == self.exp.run.steps or done == 1:
+            log.write(done, {**row, **self.clock.rates()})
         guard = self.settings["guard"]
         if bad and (guard.policy == "crash" or row["bad_streak"] >= guard.limit):
             raise NumericAbort(
                 f"step {step}: loss {row['loss']:.4g}, gradient norm {row['grad_norm']:.4g}, "
-                f"{int(row['bad_streak'])} bad steps in a row; example ids {_few(self.exp.data.train.ids(step))}"
+                f"{int(row['bad_streak'])} bad steps in a row; example ids {_few(pipeline.ids(step))}"
             )
 
     def save(self, step: int, state: Any) -> None:
@@ -247,14 +281,7 @@ class _Run:
         self.saved = step
 
     def meta(self, step: int) -> dict[str, Any]:
-        """What a checkpoint says beside its arrays."""
-        return {
-            "step": step,
-            "seed": self.exp.run.seed,
-            "config": self.exp.config,
-            "config_hash": experiments.config_hash(self.exp.config),
-            "data": self.exp.data.fingerprint,
-        }
+        return meta(step, self.exp) | {"data": self.fingerprint}
 
     def keep_best(self) -> Checkpointer:
         """The folder of the best checkpoint, a checkpoint directory of its own with one step."""
@@ -335,20 +362,7 @@ class _Run:
             with self.clock.span("sample"):
                 text = report.sample(self.exp, self.programs.eval_variables(state), sample, self.key)
             self.screen.sampled(text)
-        result = {
-            "step": step,
-            "updates": int(state["step"]),
-            "eval": self.results,
-            **self.best_result(),
-            "parameters": tree.count(self.programs.state["params"]),
-            "state_hash": report.state_hash(state),
-            "config_hash": experiments.config_hash(self.exp.config),
-            "data": self.exp.data.fingerprint,
-            "examples": self.exp.data.examples,
-            "sample": text,
-            "time": self.clock.summary(),
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        }
+        result = {"eval": self.results, **self.best_result(), **self.summary(step, state, self.exp), "sample": text}
         if hosts.is_first():
             with self.clock.span("report"):
                 self.log.flush()
@@ -356,6 +370,22 @@ class _Run:
                 workdirs.write_json(self.workdir / "result.json", result)
         self.screen.finished(self.workdir, result)
         return result
+
+    def summary(self, step: int, state: Any, exp: Experiment) -> dict[str, Any]:
+        """What result.json says of a run's final state, data and time."""
+        from bigmodel_jax import report
+
+        return {
+            "step": step,
+            "updates": int(state["step"]),
+            "parameters": tree.count(state["params"]),
+            "state_hash": report.state_hash(state),
+            "config_hash": experiments.config_hash(exp.config),
+            "data": exp.data.fingerprint,
+            "examples": exp.data.examples,
+            "time": self.clock.summary(),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
 
     def profile(self, step: int) -> None:
         """Open and close the profiler window."""
@@ -367,6 +397,17 @@ class _Run:
             self.settle()
             jax.profiler.stop_trace()
             self.tracing = False
+
+
+def meta(step: int, exp: Experiment) -> dict[str, Any]:
+    """What a checkpoint says beside its arrays."""
+    return {
+        "step": step,
+        "seed": exp.run.seed,
+        "config": exp.config,
+        "config_hash": experiments.config_hash(exp.config),
+        "data": exp.data.fingerprint,
+    }
 
 
 def _few(ids: Any) -> str:

@@ -18,10 +18,11 @@ import jax
 from etils import epath
 
 from bigmodel_jax import schema
-from bigmodel_jax.errors import InputError
+from bigmodel_jax.errors import InputError, NumericAbort
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets", "sentencepiece")
 
+DIVERGED = "diverged.json"
 RUN = "{run}"  # in a text of a config: the directory of the run
 
 
@@ -88,6 +89,20 @@ def write_json(path: epath.Path, value: Any) -> None:
     temporary = path.parent / f".{path.name}.{os.getpid()}"
     temporary.write_text(json.dumps(value, indent=1, sort_keys=True, default=str) + "\n")
     temporary.replace(path)
+
+
+@contextlib.contextmanager
+def told_of_divergence(workdir: epath.Path) -> Iterator[None]:
+    """Write diverged.json when a numeric abort passes: why this run ended without a result.
+
+    The next start of the run removes it (`record_start`).
+    """
+    try:
+        yield
+    except NumericAbort as error:
+        if jax.process_index() == 0:
+            write_json(workdir / DIVERGED, {"reason": str(error)})
+        raise
 
 
 def check_config(
@@ -162,6 +177,7 @@ def environment() -> dict[str, Any]:
 
 def record_start(workdir: epath.Path, config: Mapping[str, Any]) -> None:
     """Write config.json and append this start to env.json."""
+    (workdir / DIVERGED).unlink(missing_ok=True)
     path = workdir / "env.json"
     try:
         starts = json.loads(path.read_text())["starts"] if path.exists() else []

@@ -37,12 +37,12 @@ def main() -> None:
         return first == step
 
     if moment == "step":
-        after(train._Run, "advance", at, send)
+        after(train.Loop, "advance", at, send)
     elif moment == "save":
         after(checkpoint.Checkpointer, "save", at, send)
     elif moment == "eval":
-        original = train._Run.evaluate
-        train._Run.evaluate = lambda run, s, state: (send() if s == step else None, original(run, s, state))[1]
+        original = train.Loop.evaluate
+        train.Loop.evaluate = lambda run, s, state: (send() if s == step else None, original(run, s, state))[1]
     elif moment == "compile":
         after(programs.Programs, "lower_step", lambda *_: True, send)
     cli.main(sys.argv[4:])

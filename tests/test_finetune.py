@@ -92,7 +92,7 @@ def test_the_base_is_the_pretrained_model_for_ever(home, pretrained, tuned):
 
 
 def test_killed_and_continued_it_stops_at_the_same_step(home, pretrained, tuned, monkeypatch):
-    advance = training._Run.advance
+    advance = training.Loop.advance
 
     def killed(run, step, state, batch):
         state = advance(run, step, state, batch)
@@ -101,7 +101,7 @@ def test_killed_and_continued_it_stops_at_the_same_step(home, pretrained, tuned,
         return state
 
     with monkeypatch.context() as patch:
-        patch.setattr(training._Run, "advance", killed)
+        patch.setattr(training.Loop, "advance", killed)
         with pytest.raises(Preempted):
             lora(home, pretrained, "killed")
     result = lora(home, pretrained, "killed")

@@ -104,7 +104,7 @@ def test_a_batch_ramp_compiles_each_size_once_and_resumes(home):
 
 def poisoned(monkeypatch, steps):
     """One device's image of the named steps becomes NaN."""
-    original = training._Run.fetch
+    original = training.Loop.fetch
 
     def fetch(run, step):
         batch = original(run, step)
@@ -114,7 +114,7 @@ def poisoned(monkeypatch, steps):
             batch["image"] = jax.device_put(image, batch["image"].sharding)
         return batch
 
-    monkeypatch.setattr(training._Run, "fetch", fetch)
+    monkeypatch.setattr(training.Loop, "fetch", fetch)
 
 
 def test_bad_steps_are_skipped_and_their_examples_named(home, monkeypatch, capsys):

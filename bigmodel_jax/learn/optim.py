@@ -329,7 +329,7 @@ def make(
     """
     if decay not in DECAYS:
         raise InputError(f"unknown decay '{decay}' of {DECAYS}{nearest(decay, DECAYS)}")
-    if decay == "none" and weight_decay:
+    if decay == "none" and not _is_zero(weight_decay):
         raise InputError(f"decay 'none' with weight_decay {weight_decay}; name it {DECAYS[:2]}")
     rule = _checked_rule(name, options)
     settings = assign_groups(groups, params)
@@ -393,12 +393,13 @@ def _update(
         master = p.astype(wide(p.dtype))
         g = g.astype(master.dtype)
         g = g if scale is None else g * scale.astype(g.dtype)
-        wd = weight_decay * settings[path]["decay"] if decay != "none" else 0.0
-        if wd and decay == "l2":
+        decays = decay != "none" and not _is_zero(weight_decay) and not _is_zero(settings[path]["decay"])
+        wd = weight_decay * settings[path]["decay"] if decays else 0.0
+        if decays and decay == "l2":
             g = g + wd * master
         own = {slot: values[path] for slot, values in slots.items() if path in values}
         direction, own = rules[path].update(g, own, master, t.astype(g.dtype), keep)
-        if wd and decay == "decoupled":
+        if decays and decay == "decoupled":
             direction = direction + wd * master
         updates[path] = _step(rate, settings[path]["lr"], direction)
         for slot, value in own.items():
@@ -406,6 +407,11 @@ def _update(
     nested = {slot: trees.unflatten(values) for slot, values in slots.items()}
     ordered = trees.unflatten({path: updates[path] for path in flat})
     return ordered, {"count": keep(state["count"] + 1, state["count"])} | nested
+
+
+def _is_zero(value: Any) -> bool:
+    """Whether a number is known to be 0; one that is varied inside a program is not."""
+    return isinstance(value, (int, float)) and value == 0
 
 
 def _step(rate: jax.Array, factor: Any, direction: jax.Array) -> jax.Array:

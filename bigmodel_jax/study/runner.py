@@ -23,6 +23,7 @@ from bigmodel_jax.study.spec import Row
 from bigmodel_jax.study.store import Cell, Claim, Store
 
 POLL_S = 0.1
+TRAIN = (sys.executable, "-m", "bigmodel_jax.cli", "train")
 # A cell is a job of one process, whatever the runner itself is part of.
 NOT_INHERITED = ("BIGMODEL_COORDINATOR", "BIGMODEL_NUM_PROCESSES", "BIGMODEL_PROCESS_ID")
 
@@ -35,7 +36,7 @@ class _Child:
         self.claim: Claim | None = claim
         folder = store.folder(cell)
         file = str(Path(store.study.file).resolve())
-        command = [sys.executable, "-m", "bigmodel_jax.cli", "train", *cell.arguments(file), "--workdir", str(folder)]
+        command = [*TRAIN, *cell.arguments(file), "--workdir", str(folder)]
         store.begin(cell)
         self.began = time.monotonic()
         env = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}

@@ -7,7 +7,7 @@ compared (spec.check_comparable). An option that the package has gained since ke
 the study does not set it.
 
     <workdir>/cells/<cell>/   cell.json, then the run's own directory: result.json, metrics.jsonl, checkpoints ...
-                              attempts.jsonl, a line when a run starts and one when it ends; log.txt; row.json at the end
+                              attempts.jsonl, a line at every start and end of a run; log.txt; row.json at last
     results/studies/<study>.jsonl   one finished row a line, for other machines (--record)
 
 Who runs a cell holds a file lock that the run inherits: it is gone when both are, also after a kill or a power
@@ -171,7 +171,7 @@ class Store:
             os.close(descriptor)
             return None
         except OSError as error:
-            raise InputError(f"'{self.workdir}' has no file locks ({error.strerror}); use another file system") from None
+            raise InputError(f"'{self.workdir}' has no file locks: {error.strerror}") from None
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{platform.node()} {os.getpid()}\n".encode(), 0)
         if not (folder / "cell.json").exists():
