@@ -19,12 +19,15 @@ class Chip:
     """One device.
 
     peaks: {dtype: FLOP/s of matrix products}. memory_bytes, memory_rate: its own memory and bytes/s to it.
-    link_rate: bytes/s that it sends over all links of the fast network (ICI, NVLink). torus: that network's dimensions,
-    0 for a switch. slow_rate: bytes/s over the network between slices or nodes. sources: {figure: where it is from}.
+    link_rate: bytes/s that it sends over all links of the fast network (ICI, NVLink). torus: that network's
+    dimensions, 0 for a switch. slow_rate: bytes/s over the network between slices or nodes. sources: {figure: where it
+    is from}.
 
-    Of a device that was measured (planner/here.py) also: launch_s, seconds that every launched piece costs beside its
-    work; element_rates: element operations per second outside of matrix products, {"simple", "transcendental"};
-    cache_bytes, cache_rate: traffic of arrays of at most so many bytes is faster.
+    Of a device that was measured (planner/here.py) also: sustained, rates of matrix products in the middle of a
+    training step, below the peaks; launch_s, seconds that every launched piece costs beside its work; element_rates:
+    element operations per second outside of matrix products, {"simple", "transcendental"}; cache_bytes, cache_rate: a
+    piece whose traffic is at most so many bytes finds it in a cache; fresh_s: seconds for the first touch of a byte of
+    newly given memory.
     """
 
     name: str
@@ -36,10 +39,12 @@ class Chip:
     torus: int = 0
     slow_rate: float = 0.0
     sources: Mapping[str, str] = field(default_factory=dict)
+    sustained: Mapping[str, float] = field(default_factory=dict)
     launch_s: float = 0.0
     element_rates: Mapping[str, float] = field(default_factory=dict)
     cache_bytes: float = 0.0
     cache_rate: float = 0.0
+    fresh_s: float = 0.0
 
     def source(self, figure: str) -> str:
         """Where "peaks", "memory", "links" or "slow" is from, or "n/a"."""

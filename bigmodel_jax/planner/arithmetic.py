@@ -118,8 +118,9 @@ def _positions(n: int, kernel: int, out: int, stride: int, pad: int, holes: int,
 # Custom calls that move nothing: placements, markers, halves of a pair.
 FREE_CALLS = frozenset({
     "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "AllocateBuffer", "ConcatBitcast",
-    "AsyncCollectiveStart", "AsyncCollectiveDone", "AssumeGatherIndicesInBound", "annotate_device_placement",
-    "MoveToHost", "MoveToDevice", "LayoutConstraint", "X64Combine", "X64SplitLow", "X64SplitHigh",
+    "AsyncCollectiveStart", "AsyncCollectiveDone", "AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked",
+    "annotate_device_placement", "MoveToHost", "MoveToDevice", "LayoutConstraint", "X64Combine", "X64SplitLow",
+    "X64SplitHigh",
 })  # fmt: skip
 # Matrix products inside one attention kernel, forward and backward (scores, values; and their gradients).
 _ATTENTION = {"fwd": 2, "dq": 3, "dkv": 4, "fused": 5}

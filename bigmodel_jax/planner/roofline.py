@@ -26,6 +26,7 @@ from bigmodel_jax.planner.collectives import Collective, wire
 from bigmodel_jax.planner.costs import Costs, Op
 
 _DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "f64": "float64", "s8": "int8"}
+FIGURES = ("peaks", "sustained", "memory", "cache", "elements", "launch", "fresh", "links", "slow")
 HIDDEN = ("all-gather", "reduce-scatter", "all-reduce")
 
 
@@ -85,8 +86,13 @@ class Prediction:
         return amount / self.step_s if self.step_s else None
 
 
-def predict(costs: Costs, chip: Chip, links: Links | None = None) -> Prediction:
-    """Time of one step. A figure the chip does not have makes its part 0 and is named in `notes`."""
+def predict(costs: Costs, chip: Chip, links: Links | None = None, temporary_bytes: float = 0.0) -> Prediction:
+    """Time of one step. A figure the chip does not have makes its part 0 and is named in `notes`.
+
+    Args:
+      temporary_bytes: of the program (`memory_analysis`); where memory is handed out anew in every step, as a CPU's
+        operating system does, the first touch of it is paid for.
+    """
     links = links or Links()
     notes = list(costs.notes)
     notes += [f"{name}: its arithmetic is not in the text, {runs:g} runs count as memory traffic alone"
@@ -97,6 +103,8 @@ def predict(costs: Costs, chip: Chip, links: Links | None = None) -> Prediction:
         for name, seconds in parts.items():
             totals[name] += seconds * op.count
         totals["device"] += (max(parts["compute"], parts["element"], parts["memory"]) + parts["launch"]) * op.count
+    totals["memory"] += chip.fresh_s * temporary_bytes
+    totals["device"] += chip.fresh_s * temporary_bytes
     networks = tuple(_networks(costs.collectives, chip, links, notes))
     hidden = max(sum(n.fast_s for n in networks if n.hidden), sum(n.slow_s for n in networks if n.hidden))
     exposed = sum(n.fast_s + n.slow_s for n in networks if not n.hidden)
@@ -111,7 +119,7 @@ def predict(costs: Costs, chip: Chip, links: Links | None = None) -> Prediction:
         bound=max(bounds, key=bounds.get), networks=networks,
         sources={
             "FLOPs, bytes, collectives": "compiled program",
-            **{figure: chip.source(figure) for figure in ("peaks", "memory", "elements", "launch", "links", "slow")},
+            **{figure: chip.source(figure) for figure in FIGURES if chip.source(figure) != "n/a"},
         },
         notes=tuple(dict.fromkeys(notes)),
     )  # fmt: skip
@@ -138,25 +146,25 @@ def _peak(dtype: str, chip: Chip, notes: list[str]) -> float | None:
         notes.append(f"{chip.name}: float32 products at the bfloat16 rate (default precision, one pass)")
     if name not in chip.peaks:
         notes.append(f"{chip.name}: no rate for products of {name}, counted as free")
-    return chip.peaks.get(name)
+    return chip.sustained.get(name) or chip.peaks.get(name)
 
 
 def _networks(collectives: tuple[Collective, ...], chip: Chip, links: Links, notes: list[str]) -> list[Network]:
     """One row per mesh axes and hidden or not."""
-    sums: dict[tuple[tuple[str, ...], bool], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+    sums: dict[tuple[tuple[str, ...], bool], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0.0])
     for c in collectives:
         hidden = c.kind in HIDDEN and set(c.axes) <= set(BATCH_AXES)
         fast, slow = split(c, links)
         row = sums[c.axes, hidden]
-        for at, value in enumerate((c.payload_bytes, fast / share(c.kind, c.size, links), slow)):
+        for at, value in enumerate((c.payload_bytes, fast, slow, fast / share(c.kind, c.size, links))):
             row[at] += value
     rows = []
-    for (axes, hidden), (payload, fast, slow) in sums.items():
+    for (axes, hidden), (payload, fast, slow, on_links) in sums.items():
         if fast and not chip.link_rate:
             notes.append(f"{chip.name}: rate of the fast network not known, {'+'.join(axes)} counted as free")
         if slow and not chip.slow_rate:
             notes.append(f"{chip.name}: rate of the slow network not known, {'+'.join(axes)} counted as free")
-        fast_s = fast / chip.link_rate if chip.link_rate else 0.0
+        fast_s = on_links / chip.link_rate if chip.link_rate else 0.0
         slow_s = slow / chip.slow_rate if chip.slow_rate else 0.0
         rows.append(Network(axes, payload, fast, slow, fast_s, slow_s, hidden))
     return rows
