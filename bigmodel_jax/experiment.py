@@ -382,9 +382,10 @@ def _fit_model_to_data(config: dict[str, Any], data: Loaded | None) -> None:
                 f"config leaf 'model.{leaf}' = {model[leaf]}, but the data has {found}; "
                 f"leave it 0 to take it from the data"
             )
-    lengths, longest = (config["data"].get("length", 0), *config["data"].get("eval_lengths", ())), model.get("max_length", 0)
-    if longest and max(lengths) > longest:
-        raise InputError(f"rows of {max(lengths)} tokens (data.length) are longer than model.max_length {longest}")
+    length, longest = config["data"].get("length", 0), model.get("max_length", 0)
+    length = max(length, *config["data"].get("eval_lengths", ()), 0)
+    if longest and length > longest:
+        raise InputError(f"data.length or eval_lengths {length} is longer than model.max_length {longest}")
 
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:

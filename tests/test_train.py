@@ -14,6 +14,7 @@ from bigmodel_jax import experiment, metrics
 from bigmodel_jax import train as training
 from bigmodel_jax.errors import InputError, NumericAbort
 from bigmodel_jax.programs import Programs
+from bigmodel_jax.study.compare import compare
 from tests import tiny
 
 
@@ -182,9 +183,16 @@ def test_tf_data_feeds_the_same_run(home, monkeypatch):
     """Augmented digits through tf.data and through numpy end in the same state, bit for bit."""
     states = {}
     for name in ("numpy", "tfdata"):
-        config = resolved(home, "resnet", steps=4, runtime={"input": name}, batch_size=16, microbatch=8)
+        kept = {"log": {"every": 1, "ledger": True}}
+        config = resolved(home, "resnet", steps=4, runtime={"input": name}, batch_size=16, microbatch=8, **kept)
         states[name] = training.train(config, str(home / f"fed by {name}"))["state_hash"]
     assert states["numpy"] == states["tfdata"]
+    found = compare(*(str(home / f"fed by {name}") for name in states))
+    assert found["batches"] == {"lacking": [], "steps": 4, "ids": None, "hash": None, "hashed": 4}
+    assert found["parted"]["loss"] == {"steps": 4, "bitwise": None, "beyond": None, "largest": None}
+    assert list(found["config"]) == ["runtime.input"] and len(set(found["state"])) == 1
+    ledger = metrics.read(home / "fed by numpy", "batch")
+    assert len({row["hash"] for row in ledger}) == 4 and len(ledger[0]["ids"]) == 16
     with pytest.raises(InputError, match="with a ramp of sizes use numpy"):
         ramp = {"batch_size": ((0, 8), (2, 16)), "runtime": {"input": "tfdata"}}
         training.train(resolved(home, "resnet", **ramp), str(home / "ramped"))

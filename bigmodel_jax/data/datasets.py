@@ -44,6 +44,7 @@ class Text:
     length: tokens in a row. mode: "stream" cuts the concatenated documents every `length` tokens;
     "pack" keeps documents whole and apart. segments: keep documents of a stream apart, too.
     block: rows per shuffle block, 1 for a full permutation. cache: where corpora are prepared.
+    eval_lengths: further evaluation sets, "validation_LENGTH": the held-out text in rows of other lengths.
     """
 
     shards: str = ""
@@ -57,6 +58,7 @@ class Text:
     segments: bool = False
     block: int = 1
     cache: str = ""
+    eval_lengths: tuple = ()
 
     def spec(self) -> Spec:
         row = ((self.length,), "int32")
@@ -90,14 +92,17 @@ class Text:
     def load(
         self, *, seed: int, batch_size: int | tuple, eval_batch_size: int, progress: Progress = None
     ) -> Loaded:
+        if self.eval_lengths and type(self) is not Text:
+            raise InputError("data.eval_lengths is of data 'text' alone: other rows are not cut to any length")
         folder = self.directory(progress)
         train = TokenShards(folder, "train", self.length, self.mode)
         tokenizer = load_tokenizer(folder)
         transforms = self.transforms(tokenizer)
         evals = {}
-        if "validation" in train.meta["splits"]:
-            held_out = TokenShards(folder, "validation", self.length, self.mode)
-            evals["validation"] = Pipeline(held_out, eval_batch_size, seed, transforms, shuffle=False)
+        lengths = {"validation": self.length} | {f"validation_{n}": n for n in self.eval_lengths}
+        for name, length in lengths.items() if "validation" in train.meta["splits"] else ():
+            held_out = TokenShards(folder, "validation", length, self.mode)
+            evals[name] = Pipeline(held_out, eval_batch_size, seed, transforms, shuffle=False)
         return Loaded(
             Pipeline(train, ramp(batch_size), seed, transforms, block=self.block), evals,
             tokenizer=tokenizer, vocab_size=tokenizer.vocab_size,

@@ -84,8 +84,12 @@ ACTIVATIONS: dict[str, tuple[Callable[[jax.Array], jax.Array], bool]] = {
     "gelu": (gelu, False),
     "gelu_exact": (gelu_exact, False),
     "relu": (jax.nn.relu, False),
+    "swish": (silu, False),
     "swiglu": (silu, True),
     "geglu": (gelu, True),
+    "reglu": (jax.nn.relu, True),
+    "glu": (functools.partial(_wide, jax.nn.sigmoid), True),
+    "bilinear": (lambda x: x, True),
 }
 
 

@@ -64,7 +64,7 @@ class Spec(Routing):
     norm_offset: added to the scale of every norm, whose parameter then starts at 1 - norm_offset.
     norm_placement: pre; post (as in 2017: no final norm); sandwich (before and after).
     bias: of all projections; qkv_bias: of queries, keys and values, None means as bias.
-    activation: gelu (tanh), gelu_exact, relu, swiglu, geglu.
+    activation: gelu (tanh), gelu_exact, relu, swish; gated by a second matrix: swiglu, geglu, reglu, glu, bilinear.
     residual: sequential, or parallel (attention and feed-forward read the same input).
     window: a query sees itself and window - 1 tokens before it (in an encoder, and behind it); 0 sees all.
     layer_pattern: one letter per layer, repeated as needed: "l" has the window, "g" sees all (Gemma 2:

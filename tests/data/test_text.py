@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 
+from bigmodel_jax.data.datasets import MaskedText, Text
 from bigmodel_jax.data.order import RowRng
 from bigmodel_jax.data.text import Documents, MaskTokens, NextToken, TargetBytes
 from bigmodel_jax.errors import InputError
+from tests import tiny
 
 V, EOS, PAD, MASK = 500, 0, 1, 2
 SPECIAL = (EOS, PAD, MASK)
@@ -183,3 +185,20 @@ def test_whole_words_never_overflow_the_slots():
 def test_impossible_masking_is_refused(kwargs):
     with pytest.raises(InputError, match="masking"):
         MaskTokens(**{"vocab_size": V, "mask": MASK, "special": SPECIAL, **kwargs})
+
+
+def test_held_out_text_in_rows_of_several_lengths(tmp_path):
+    recipe = {
+        "corpus": tiny.corpus(tmp_path / "corpus"), "tokenizer": "bytes", "validation_fraction": 0.2,
+        "cache": str(tmp_path / "cache"), "length": 16,
+    }  # fmt: skip
+    evals = Text(**recipe, eval_lengths=(64, 100)).load(seed=0, batch_size=4, eval_batch_size=1000).evals
+    assert list(evals) == ["validation", "validation_64", "validation_100"]
+    batches = {name: pipeline.batch(0) for name, pipeline in evals.items()}
+    assert [batch["tokens"].shape[1] for batch in batches.values()] == [16, 64, 100]
+    # The same targets, each once, in longer and longer rows.
+    targets = [b["targets"][b["weights"] > 0].tolist() for b in batches.values()]
+    assert targets[0] == targets[1] == targets[2] and len(targets[0]) > 500
+    assert len({b["bytes"][b["weights"] > 0].sum() for b in batches.values()}) == 1
+    with pytest.raises(InputError, match="eval_lengths"):
+        MaskedText(**recipe, eval_lengths=(64,)).load(seed=0, batch_size=4, eval_batch_size=4)

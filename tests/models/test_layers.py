@@ -60,3 +60,14 @@ def test_options_are_refused_with_the_nearest():
     layers.one_of("norm", "rmsnorm", tuple(layers.NORMS))
     with pytest.raises(InputError, match="did you mean 'rmsnorm'"):
         layers.one_of("norm", "rms_norm", tuple(layers.NORMS))
+
+
+def test_activations_are_their_formulas():
+    x = np.linspace(-4, 4, 41).astype(np.float32)
+    sigmoid = 1 / (1 + np.exp(-x))
+    wanted = {"relu": np.maximum(x, 0), "swish": x * sigmoid, "swiglu": x * sigmoid, "reglu": np.maximum(x, 0),
+              "glu": sigmoid, "bilinear": x}  # fmt: skip
+    for name, expected in wanted.items():
+        fn, gated = layers.ACTIVATIONS[name]
+        np.testing.assert_allclose(fn(x), expected, atol=1e-6)
+        assert gated == (name in ("swiglu", "reglu", "glu", "bilinear"))
