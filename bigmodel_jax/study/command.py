@@ -18,6 +18,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("study", help="FILE.py with get_study()")
     parser.add_argument("--workdir", required=True, help="directory of the study, shared by all who run it")
     parser.add_argument("--processes", type=int, default=1, help="runs at a time on this machine")
+    parser.add_argument("--together", type=int, default=1, help="runs as lanes of one program, where they fit")
     parser.add_argument("--only", action="append", default=[], metavar="VARIANT", help="may be given several times")
     parser.add_argument("--out", default="", help="report: folder of page, tables and plots, default WORKDIR/report")
     parser.add_argument("--mixed", action="store_true", help="report: also rows that cannot be compared, and say so")
@@ -46,7 +47,7 @@ def _variants(args: argparse.Namespace, store: Store) -> list[str]:
 
 def _run(args: argparse.Namespace, store: Store) -> None:
     study, variants = store.study, _variants(args, store)
-    work = runner.Runner(store, args.processes)
+    work = runner.Runner(store, args.processes, together=args.together)
     choices: dict[str, tuning.Choice] = {}
     if study.tune or study.search:
         choices = tuning.tune(store, variants, work.run)
@@ -123,12 +124,12 @@ def progress(store: Store, cell: Cell) -> str:
     if owner:
         try:
             found = status.read(str(store.folder(cell)))
-            return f"running on {owner}: {runner.name(cell)}, step {found['step']} of {found['steps']}"
+            return f"running on {owner}: {runner.name([cell])}, step {found['step']} of {found['steps']}"
         except InputError:
-            return f"running on {owner}: {runner.name(cell)}, starting"
+            return f"running on {owner}: {runner.name([cell])}, starting"
     if failure is not None:
         log = runner.last_lines(store.folder(cell) / "log.txt", 2)
-        return f"failed: {runner.name(cell)} in {store.folder(cell)}\n{log}"
+        return f"failed: {runner.name([cell])} in {store.folder(cell)}\n{log}"
     return ""
 
 

@@ -20,7 +20,7 @@ from bigmodel_jax import status
 from bigmodel_jax.errors import EXIT_NUMERIC, InputError, Preempted
 from bigmodel_jax.launch import policy
 from bigmodel_jax.study.spec import Row
-from bigmodel_jax.study.store import Cell, Claim, Store
+from bigmodel_jax.study.store import Cell, Claim, Job, Store
 
 POLL_S = 0.1
 TRAIN = (sys.executable, "-m", "bigmodel_jax.cli", "train")
@@ -29,47 +29,52 @@ NOT_INHERITED = ("BIGMODEL_COORDINATOR", "BIGMODEL_NUM_PROCESSES", "BIGMODEL_PRO
 
 
 class _Child:
-    """A run under way."""
+    """A process under way, with the claims of its cells."""
 
-    def __init__(self, store: Store, cell: Cell, claim: Claim, slot: int, cores: set[int] | None):
-        self.cell, self.slot = cell, slot
-        self.claim: Claim | None = claim
-        folder = store.folder(cell)
-        file = str(Path(store.study.file).resolve())
-        command = [*TRAIN, *cell.arguments(file), "--workdir", str(folder)]
-        store.begin(cell)
+    def __init__(self, store: Store, job: Job, claims: list[Claim], slot: int, cores: set[int] | None):
+        self.job, self.slot, self.claims = job, slot, claims
+        for cell in job.cells:
+            store.begin(cell)
         self.began = time.monotonic()
         env = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
-        with open(folder / "log.txt", "ab") as log:
+        with open(job.folder / "log.txt", "ab") as log:
             # A session of its own: Ctrl-C reaches the runner alone, which asks its children to save.
             self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-                pass_fds=(claim.descriptor,), env=env,
+                job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                pass_fds=[claim.descriptor for claim in claims], env=env,
             )  # fmt: skip
         if cores:
             os.sched_setaffinity(self.process.pid, cores)
 
     def poll(self) -> tuple[int, float, float] | None:
-        """(exit code, wall s, CPU s) once it has ended."""
+        """(exit code, wall s, CPU s) once it has ended; the seconds are shared out over its cells."""
         pid, code, usage = os.wait4(self.process.pid, os.WNOHANG)
         if not pid:
             return None
         self.process.returncode = os.waitstatus_to_exitcode(code)
-        return self.process.returncode, time.monotonic() - self.began, usage.ru_utime + usage.ru_stime
+        count = len(self.job.cells)
+        cpu_s = usage.ru_utime + usage.ru_stime
+        return self.process.returncode, (time.monotonic() - self.began) / count, cpu_s / count
+
+    def release(self) -> None:
+        for claim in self.claims:
+            claim.release()
+        self.claims = []
 
 
 class Runner:
     """Args:
-    processes: runs at a time; with more than one, each keeps to its share of this machine's cores.
+    processes: at a time; with more than one, each keeps to its share of this machine's cores.
+    together: cells that one process trains as lanes of one program, where they can; 1 for each alone.
     grace_s: after a signal, time for runs to save before they are killed.
     """
 
     def __init__(
-        self, store: Store, processes: int = 1, *, grace_s: float = 300.0,
+        self, store: Store, processes: int = 1, *, together: int = 1, grace_s: float = 300.0,
         say: Callable[[str], None] = lambda line: print(line, flush=True),
     ):  # fmt: skip
         self.store, self.say, self.grace_s = store, say, grace_s
-        self.processes = processes
+        self.processes, self.together = processes, together
         self.slots = _cores(processes)
         self.failed: dict[str, str] = {}
         self._asked = False
@@ -106,55 +111,62 @@ class Runner:
 
     def _start(self, waiting: list[Cell]) -> list[Cell]:
         """Start what there is room for; returns what is still to be started."""
-        later = []
-        for cell in waiting:
-            if len(self._children) >= self.processes:
-                later.append(cell)
-                continue
-            claim = self.store.claim(cell)
-            if claim is None:
-                later.append(cell)
-                continue
-            # Another runner may have finished it since we looked.
-            if self.store.row(cell, claimed=True) is not None:
-                claim.release()
-                continue
-            taken = {child.slot for child in self._children}
-            self._begin(cell, claim, next(n for n in range(self.processes) if n not in taken))
-        return later
+        if len(self._children) >= self.processes:
+            return waiting
+        started: set[str] = set()
+        for cells in self.store.groups(waiting, self.together):
+            if len(self._children) < self.processes:
+                started |= self._take(cells)
+        return [cell for cell in waiting if cell.id not in started]
 
-    def _begin(self, cell: Cell, claim: Claim, slot: int) -> None:
-        self._children.append(_Child(self.store, cell, claim, slot, self.slots[slot]))
+    def _take(self, cells: Sequence[Cell]) -> set[str]:
+        """Claim and start cells, all or none of them; ids of those that need no more looking after."""
+        claims = [self.store.claim(cell) for cell in cells]
+        # Another runner may have finished some since we looked.
+        over = {
+            cell.id for cell, claim in zip(cells, claims, strict=True)
+            if claim is not None and self.store.row(cell, claimed=True) is not None
+        }  # fmt: skip
+        held = [claim for claim in claims if claim is not None]
+        if len(held) < len(cells) or over:
+            for claim in held:
+                claim.release()
+            return over
+        taken = {child.slot for child in self._children}
+        self._begin(self.store.job(cells, TRAIN), held, next(n for n in range(self.processes) if n not in taken))
+        return {cell.id for cell in cells}
+
+    def _begin(self, job: Job, claims: list[Claim], slot: int) -> None:
+        self._children.append(_Child(self.store, job, claims, slot, self.slots[slot]))
 
     def _reap(self, cells: Sequence[Cell]) -> None:
         for child in list(self._children):
             ended = child.poll()
-            if ended is None:
-                continue
-            self._children.remove(child)
-            self.store.end(child.cell, *ended)
-            self._judge(child, ended[0], cells)
+            if ended is not None:
+                self._children.remove(child)
+                self._judge(child, *ended, cells)
 
-    def _judge(self, child: _Child, code: int, cells: Sequence[Cell]) -> None:
-        """What an exit status means: a result, another try, or a failure."""
-        cell, store = child.cell, self.store
-        folder = store.folder(cell)
+    def _judge(self, child: _Child, code: int, wall_s: float, cpu_s: float, cells: Sequence[Cell]) -> None:
+        """What an exit status means: results, another try, or a failure."""
+        store, job = self.store, child.job
+        over = code in (0, EXIT_NUMERIC) and all(map(store.over, job.cells))
+        verdict = None if over or self._asked else policy.consider(job.folder, [code])
+        failed = verdict is not None and not verdict.again
         try:
-            if code == 0 or code == EXIT_NUMERIC:
-                row = store.settle(cell, "done" if code == 0 else "diverged")
-                self._tell(row, cells)
-                return
-            verdict = policy.consider(folder, [code])
-            if verdict.again and not self._asked:
-                self.say(f"{name(cell)}: {verdict.reason}")
-                self._begin(cell, child.claim, child.slot)
-                child.claim = None
-            elif not verdict.again:
-                self.failed[cell.id] = last_lines(folder / "log.txt")
-                self.say(f"{name(cell)} failed with exit {policy.shell_code(code)}:\n{self.failed[cell.id]}")
+            for cell in job.cells:
+                store.end(cell, code, wall_s, cpu_s, failed=failed)
+                if over:
+                    self._tell(store.settle(cell), cells)
+            if failed:
+                log = last_lines(job.folder / "log.txt")
+                self.failed |= {cell.id: log for cell in job.cells}
+                self.say(f"{name(job.cells)} failed with exit {policy.shell_code(code)}:\n{log}")
+            elif verdict is not None:
+                self.say(f"{name(job.cells)}: {verdict.reason}")
+                self._begin(job, child.claims, child.slot)
+                child.claims = []
         finally:
-            if child.claim is not None:
-                child.claim.release()
+            child.release()
 
     def _tell(self, row: Row, cells: Sequence[Cell]) -> None:
         done = sum(self.store.row(cell) is not None for cell in cells)
@@ -171,7 +183,7 @@ class Runner:
         for child in self._children:
             _signal(child, signal.SIGTERM)
         while self._children and time.monotonic() < deadline:
-            self._reap([child.cell for child in self._children])
+            self._reap(())
             time.sleep(POLL_S)
         raise Preempted("the study was stopped; the same command continues")
 
@@ -179,7 +191,7 @@ class Runner:
         for child in self._children:
             _signal(child, signal.SIGKILL)
             child.process.wait()
-            child.claim.release()
+            child.release()
         self._children = []
 
 
@@ -201,9 +213,12 @@ def _cores(processes: int) -> list[set[int] | None]:
     return [set(cores[n * share : (n + 1) * share]) for n in range(processes)]
 
 
-def name(cell: Cell) -> str:
+def name(cells: Sequence[Cell]) -> str:
+    """For a person: variant, seed and what else is set; of several, the first and how many."""
+    cell = cells[0]
     extra = "".join(f" {leaf}={value}" for leaf, value in cell.extra.items())
-    return f"{cell.variant} seed {cell.seed}{extra}"
+    more = f" and {len(cells) - 1} more" if len(cells) > 1 else ""
+    return f"{cell.variant} seed {cell.seed}{extra}{more}"
 
 
 def last_lines(path: Path, count: int = 5) -> str:

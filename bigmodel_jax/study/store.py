@@ -6,6 +6,7 @@ of the package, and the fingerprints of the examples that were trained and evalu
 compared (spec.check_comparable). An option that the package has gained since keeps a finished cell valid as long as
 the study does not set it.
 
+    <workdir>/groups/         cells that are trained as lanes of one program: their list, log and common checkpoints
     <workdir>/cells/<cell>/   cell.json, then the run's own directory: result.json, metrics.jsonl, checkpoints ...
                               attempts.jsonl, a line at every start and end of a run; log.txt; row.json at last
     results/studies/<study>.jsonl   one finished row a line, for other machines (--record)
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -30,8 +32,10 @@ from pathlib import Path
 from typing import Any
 
 from bigmodel_jax import experiment, metrics, schema
-from bigmodel_jax.errors import EXIT_NUMERIC, InputError
+from bigmodel_jax.errors import InputError
+from bigmodel_jax.lanes import MAY_DIFFER
 from bigmodel_jax.study.spec import Row, Study
+from bigmodel_jax.workdir import DIVERGED
 
 FINAL = ("done", "diverged")
 
@@ -52,6 +56,15 @@ class Cell:
         """Of `bigmodel train`, all but --workdir."""
         leaves = {**self.extra, "seed": self.seed}
         return ["--config", f"{file}:{self.variant}", *(f"--config.{leaf}={value!r}" for leaf, value in leaves.items())]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A process to start. folder: for its log, and for what the launch policy remembers."""
+
+    cells: tuple[Cell, ...]
+    folder: Path
+    command: list[str]
 
 
 class Claim:
@@ -202,6 +215,51 @@ class Store:
         workdir = f"runs/{self.study.name}/{cell.id}"
         return shlex.join(["bigmodel", "train", *cell.arguments(self.file), "--workdir", workdir])
 
+    # --- jobs
+
+    def job(self, cells: Sequence[Cell], python: Sequence[str]) -> Job:
+        """One process that trains these cells: alone, or as lanes of one program (train_lanes.py).
+
+        Args:
+          python: the beginning of the command, up to `train`.
+        """
+        file = str(Path(self.study.file).resolve())
+        if len(cells) == 1:
+            folder = self.folder(cells[0])
+            return Job(tuple(cells), folder, [*python, *cells[0].arguments(file), "--workdir", str(folder)])
+        ids = [cell.id for cell in cells]
+        folder = self.workdir / "groups" / hashlib.sha256(" ".join(ids).encode()).hexdigest()[:16]
+        folder.mkdir(parents=True, exist_ok=True)
+        leaves = [{leaf: schema.flat(cell.config)[leaf] for leaf in MAY_DIFFER} for cell in cells]
+        _write(folder / "given.json", [
+            {"workdir": str(self.folder(cell)), "overrides": own} for cell, own in zip(cells, leaves, strict=True)
+        ])  # fmt: skip
+        _write(folder / "cells.json", ids)
+        command = [*python, "--config", f"{file}:{cells[0].variant}"]
+        extra = [f"--config.{leaf}={value!r}" for leaf, value in cells[0].extra.items() if leaf not in MAY_DIFFER]
+        return Job(
+            tuple(cells), folder, [*command, *extra, "--lanes", str(folder / "given.json"), "--workdir", str(folder)]
+        )
+
+    def groups(self, waiting: Sequence[Cell], size: int) -> list[list[Cell]]:
+        """Cells to be trained together, at most `size` of them; those begun together stay so, the rest goes alone."""
+        left = {cell.id: cell for cell in waiting}
+        out = []
+        for path in sorted((self.workdir / "groups").glob("*/cells.json")):
+            ids = _json(path) or []
+            if ids and all(each in left for each in ids):
+                out.append([left.pop(each) for each in ids])
+        alike: dict[str, list[Cell]] = {}
+        for cell in left.values():
+            begun = (self.folder(cell) / "checkpoints").exists()
+            fits = size > 1 and not begun and not cell.config["eval"]["metric"] and not cell.config["eval"]["patience"]
+            shared = {k: v for k, v in schema.flat(_essential(cell.config)).items() if k not in MAY_DIFFER}
+            alike.setdefault(json.dumps(shared, default=str) if fits else cell.id, []).append(cell)
+        for cells in alike.values():
+            out += [cells[n : n + max(size, 1)] for n in range(0, len(cells), max(size, 1))]
+        order = {cell.id: n for n, cell in enumerate(waiting)}
+        return sorted(out, key=lambda cells: min(order[cell.id] for cell in cells))
+
     # --- attempts
 
     def begin(self, cell: Cell) -> None:
@@ -209,9 +267,10 @@ class Store:
         self._close_open_attempt(cell)
         _append(self.folder(cell) / "attempts.jsonl", {"start": time.time(), "host": platform.node()})
 
-    def end(self, cell: Cell, code: int, wall_s: float, cpu_s: float) -> None:
+    def end(self, cell: Cell, code: int, wall_s: float, cpu_s: float, *, failed: bool = False) -> None:
+        """Write that a run ended; `failed`: it will not be tried again by itself."""
         line = {"end": time.time(), "code": code, "wall_s": round(wall_s, 3), "cpu_s": round(cpu_s, 3)}
-        _append(self.folder(cell) / "attempts.jsonl", line)
+        _append(self.folder(cell) / "attempts.jsonl", line | ({"failed": True} if failed else {}))
 
     def attempts(self, cell: Cell) -> list[dict[str, Any]]:
         """Starts and ends in order."""
@@ -243,15 +302,20 @@ class Store:
         row = self._rows[cell.id]
         return dataclasses.replace(row, variant=cell.variant, purpose=cell.purpose)
 
-    def settle(self, cell: Cell, status: str = "done") -> Row:
-        """Make the row of a run that has ended, and keep it.
+    def over(self, cell: Cell) -> str:
+        """How the run of a cell has ended, from what it left: "done", "diverged", "" for not yet."""
+        folder = self.folder(cell)
+        return "done" if (folder / "result.json").exists() else "diverged" if (folder / DIVERGED).exists() else ""
+
+    def settle(self, cell: Cell) -> Row:
+        """Make the row of a run that is over, and keep it.
 
         Raises:
           InputError: the run trained something else than the cell (the study's file was changed meanwhile).
         """
         folder = self.folder(cell)
         self._close_open_attempt(cell)
-        row = self._read(cell, status)
+        row = self._read(cell, self.over(cell))
         _write(folder / "row.json", _plain(row))
         self._record(cell, row)
         self._rows[cell.id] = row
@@ -265,9 +329,7 @@ class Store:
     def failure(self, cell: Cell) -> Row | None:
         """The row of a cell whose last run ended with an error; it has no values and does not count as finished."""
         lines = self.attempts(cell)
-        if not lines or lines[-1].get("code") in (None, 0, 75, EXIT_NUMERIC):
-            return None
-        return self._read(cell, "failed")
+        return self._read(cell, "failed") if lines and lines[-1].get("failed") else None
 
     def _from_folder(self, cell: Cell, claimed: bool) -> Row | None:
         folder = self.folder(cell)
@@ -277,10 +339,7 @@ class Store:
             self._record(cell, row)
             return row
         # The runner was killed between the end of the run and its row, or the run has outlived it.
-        lines = self.attempts(cell)
-        over = "diverged" if lines and lines[-1].get("code") == EXIT_NUMERIC else ""
-        over = over or ("done" if (folder / "result.json").exists() else "")
-        return self.settle(cell, over) if over and (claimed or not self.owner(cell)) else None
+        return self.settle(cell) if self.over(cell) and (claimed or not self.owner(cell)) else None
 
     def _record(self, cell: Cell, row: Row) -> None:
         if self.recorded is not None and all(line["cell"] != cell.id for line in self._recorded_lines()):
