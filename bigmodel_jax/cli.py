@@ -81,6 +81,13 @@ def _parser(chosen: str = "") -> _Parser:
     compare.add_argument("second")
     compare.add_argument("--tolerance", type=float, default=1e-3, help="relative difference that is more than rounding")
     compare.add_argument("--out", default="", help="folder for a page with the curves")
+    plan = verb("plan", "What a config needs on hardware: memory, time, money; compiled for it, from here.")
+    plan.add_argument("--target", required=True, help="v5p:8x8x8, 2xv5e:16x16, h100:8x8, cpu:8, here")
+    plan.add_argument("--price", type=float, default=0.0, help="dollars per device-hour")
+    plan.add_argument("--memory", type=float, default=0.0, help="GiB of one device, default the chip's")
+    plan.add_argument("--out", default="", help="directory for plan.json and pictures")
+    plan.add_argument("--limit", type=float, default=1200.0, help="seconds that one compilation may take")
+    plan.add_argument("--again", action="store_true", help="compile even what was compiled before")
     prepare = verb("prepare", "Turn a corpus into token shards.", config=False)
     prepare.add_argument("--source", action="append", required=True, help="stdlib, files, folders, globs, tfds:...")
     prepare.add_argument("--out", required=True, help="directory for the shards")
@@ -130,6 +137,7 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def _check_verb(arguments: Sequence[str]) -> None:
     verbs = (
         "train", "eval", "probe", "generate", "prepare", "convert", "launch", "status", "study", "certify", "compare",
+        "plan",
     )  # fmt: skip
     if arguments and not arguments[0].startswith("-") and arguments[0] not in verbs:
         raise InputError(f"unknown verb '{arguments[0]}'{nearest(arguments[0], verbs)}; verbs: {', '.join(verbs)}")
@@ -183,6 +191,15 @@ def run(argv: Sequence[str]) -> None:
         certify_config(
             config, args.mesh, kept=[schema.parse_override(word)[0] for word in overrides], steps=args.steps,
             float64=args.float64, full=args.full, out=args.out,
+        )  # fmt: skip
+    elif args.verb == "plan":
+        from bigmodel_jax import experiment
+        from bigmodel_jax.plan import plan
+
+        config = experiment.resolve(experiment.read(args.config), overrides)
+        plan(
+            config, args.target, price=args.price, memory_gib=args.memory, out=args.out, limit_s=args.limit,
+            again=args.again,
         )  # fmt: skip
     elif args.verb == "generate":
         from bigmodel_jax.talk import generate_from_run

@@ -13,6 +13,7 @@ EXIT_PREEMPTED = 75
 EXIT_NUMERIC = 76
 EXIT_WATCHDOG = 77
 EXIT_DISAGREEMENT = 78
+EXIT_DOES_NOT_FIT = 79
 
 
 class RunError(Exception):
@@ -43,6 +44,12 @@ class Disagreement(RunError):
     """Two layouts of one experiment compute different numbers. A retry would repeat it."""
 
     exit_code = EXIT_DISAGREEMENT
+
+
+class DoesNotFit(RunError):
+    """A planned step needs more memory than the target's devices have. The message says what would fit."""
+
+    exit_code = EXIT_DOES_NOT_FIT
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -17,6 +17,7 @@ FLOORS = {
     "cli": 7,
     "train": 6, "offline": 6, "probe": 6, "assess": 6, "answers": 6, "talk": 6, "harness": 6, "convert": 6,
     "launch": 6, "train_lanes": 6, "status": 6, "certify": 6, "study": 6,
+    "plan": 6,
     "experiment": 5, "sections": 5, "programs": 5, "inherit": 5, "checkpoint": 5, "record": 5, "evaluate": 5,
     "planner": 5, "workdir": 5, "lanes": 5, "stopping": 5, "report": 5, "screen": 5, "small": 5,
     "learn": 4, "hf": 4, "generate": 4,
