@@ -119,7 +119,7 @@ def token_losses(
 
     if size == length:
         return one((hidden, targets))
-    cut = pieces(*targets.shape)
+    cut = pieces(*targets.shape, rules.ROW_AXES)
     with rules.use(None):  # as in _loop
         found = jax.lax.map(one, (_split(hidden, cut, size), _split(targets, cut, size)))
     return tuple(_join(x, cut, length) for x in found)
@@ -183,7 +183,7 @@ def _loop(
     if static[1] == length:
         sums, *grads = fn(static, hidden, leaves, *rest)
         return sums, grads
-    cut = pieces(rows, length)
+    cut = pieces(rows, length, rules.ROW_AXES)
     size = min(static[1], length // cut.lengths)
     own = cut.pin([jnp.broadcast_to(x, (cut.count, *x.shape)) for x in leaves])
     xs = tuple(_split(x, cut, size) for x in (hidden, *rest))

@@ -28,7 +28,8 @@ from bigmodel_jax.models.masks import Mask
 from bigmodel_jax.models.model import Model, Output, encoding
 from bigmodel_jax.models.positions import relative_buckets
 from bigmodel_jax.models.spec import Spec, taking
-from bigmodel_jax.models.transformer import Embed, ropes, run_layers
+from bigmodel_jax.models.transformer import Embed, ropes, run_layers, stores_zigzag
+from bigmodel_jax.parallel.context import natural, reordered
 from bigmodel_jax.parallel.rules import constrain
 
 
@@ -133,11 +134,15 @@ class Side(nn.Module):
         plain = positions is None and length is None
         if positions is None:
             positions = jnp.arange(tokens.shape[1])[None] + (0 if length is None else length[:, None])
-        x, table = Embed(spec, name="embed")(tokens, positions, plain, None, table)
-        x = ops.dropout(x, ops.fold(keys, spec.num_layers), spec.embed_dropout)
-        x = constrain(x, ("rows", "length", "embed_act"))
         window = spec.window if any(spec.local) else 0
         mask = Mask(causal=spec.causal, window=window, segments_q=segments, offset=length)
+        if cache is None and not spec.relative_buckets and stores_zigzag(spec, mask, tokens):
+            plain, mask = False, dataclasses.replace(mask, zigzag=True, segments_q=reordered(segments))
+            memory_mask = dataclasses.replace(memory_mask, segments_q=reordered(memory_mask.segments_q))
+            tokens, positions = reordered(tokens), reordered(positions)
+        x, table = Embed(spec, name="embed")(tokens, positions, plain, None, table)
+        x = ops.dropout(x, ops.fold(keys, spec.num_layers), spec.embed_dropout, mask.zigzag)
+        x = constrain(x, ("rows", "length", "embed_act"))
         bias = None
         rope, local_rope = ropes(spec, positions, ops.wide(x.dtype))
         if spec.relative_buckets:
@@ -147,7 +152,7 @@ class Side(nn.Module):
         (x, held), _ = run_layers(self, spec, x, cache, context, blocks)
         if spec.norm_placement != "post":
             x = norm(spec, "norm_final", x)
-        return x, table, held
+        return natural(x, "rows") if mask.zigzag else x, table, held
 
 
 class EncoderDecoder(nn.Module):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from bigmodel_jax.errors import InputError, nearest
 from bigmodel_jax.models import target
 from bigmodel_jax.models.laid import Laid
+from bigmodel_jax.parallel import context
 from bigmodel_jax.parallel.pieces import pieces
 
 # XLA:CPU adds scattered rows in a loop of some 20 us each: up to this many table rows a matmul wins.
@@ -221,17 +222,19 @@ def fold(keys: jax.Array | None, number: int | jax.Array) -> jax.Array | None:
     return None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
 
 
-def dropout(x: jax.Array, keys: jax.Array | None, rate: float) -> jax.Array:
+def dropout(x: jax.Array, keys: jax.Array | None, rate: float, zigzag: bool = False) -> jax.Array:
     """Zero a share `rate` of x [B, ...] and scale up the rest (Srivastava et al. 2014).
 
     Args:
       keys: one typed key per row, [B]: the mask of a row depends on nothing else, so it is the same
         on every mesh, for every microbatch size and in every precision. None: no dropout.
+      zigzag: x [B, L, ...] is stored in that order (parallel/context.py); the mask is brought into it.
     """
     if keys is None or rate == 0.0:
         return x
     share = jnp.float32(1.0 - rate)  # a Python number would draw other bits under float64
     kept = jax.vmap(lambda key: jax.random.bernoulli(key, share, x.shape[1:]))(keys)
+    kept = context.zigzag(kept) if zigzag else kept
     return jnp.where(kept, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))
 
 

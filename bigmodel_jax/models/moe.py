@@ -26,7 +26,8 @@ from bigmodel_jax.models import layers as ops
 from bigmodel_jax.models.block import Mlp, _out_scale, drawn, weight
 from bigmodel_jax.models.model import keep
 from bigmodel_jax.models.spec import Spec
-from bigmodel_jax.parallel import expert, rules
+from bigmodel_jax.parallel import expert
+from bigmodel_jax.parallel.pieces import pieces
 from bigmodel_jax.parallel.rules import constrain
 
 
@@ -114,7 +115,7 @@ class Moe(nn.Module):
 
     @nn.nowrap
     def _dropless(self, x, experts, weights, real, load) -> tuple[jax.Array, jax.Array]:
-        """(y [B, L, D], choices served in each row [B]). On a mesh each shard of the batch sorts its own tokens."""
+        """(y [B, L, D], choices served in each row [B]). On a mesh each shard sorts its own tokens."""
         spec, (rows, length, dim), k = self.spec, x.shape, self.spec.experts_per_token
         w = [each for each in self._weights() if each is not None]
         if expert.shards() > 1:
@@ -122,14 +123,15 @@ class Moe(nn.Module):
             travel = functools.partial(dispatch.dispatched, act=self._act, number=spec.num_experts)
             y, kept = expert.on_each_device(travel, [x, experts, weights, real], w, axes, like=(0, 3))
             return y, jnp.sum(kept, axis=1)
-        pieces = rules.batch_pieces(rows)
+        cut = pieces(rows, length)
 
         def one(x: jax.Array, experts: jax.Array, *w: jax.Array) -> jax.Array:
             return dispatch.grouped(jnp.repeat(x, k, axis=0), experts.reshape(-1), w, self._act)
 
-        w = rules.pin_pieces([jnp.broadcast_to(each, (pieces, *each.shape)) for each in w])
-        flat, picks = x.reshape(pieces, -1, dim), experts.reshape(pieces, -1, k)
-        y = jax.vmap(one)(flat, picks, *w).reshape(rows, length, k, dim)
+        w = cut.pin([jnp.broadcast_to(each, (cut.count, *each.shape)) for each in w])
+        own = [cut.split(each) for each in (x, experts)]
+        y = jax.vmap(one)(*(each.reshape(cut.count, -1, each.shape[-1]) for each in own), *w)
+        y = cut.join(y.reshape(*own[0].shape[:3], k, dim))
         return jnp.einsum("blkd,blk->bld", y, weights), jnp.sum(load, axis=-1)
 
 

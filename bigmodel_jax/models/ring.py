@@ -52,10 +52,12 @@ def crossing(q: jax.Array, k: jax.Array, mask: Mask, has_bias: bool) -> str:
 def balances(mask: Mask, length: int, backend: str) -> bool:
     """Whether rows of this length are better stored in zigzag order: in a ring, under a causal mask without a window.
 
-    With a window every query sees as much as the others, and in natural order few hops reach it all.
+    With a window every query sees as much as the others, and in natural order few hops reach it all. A cache is in
+    natural order, and so are the keys that a prefix shows to all.
     """
-    plain = mask.causal and not mask.window and mask.prefix is None and mask.offset is None
-    return plain and context.way() == "ring" and length % (2 * context.size()) == 0 and backend in BACKENDS
+    if context.way() != "ring" or length % (2 * context.size()) or backend not in BACKENDS:
+        return False
+    return mask.parts() <= {"causal", "segments_q"} and mask.causal
 
 
 def _places(x: jax.Array) -> list[Any]:

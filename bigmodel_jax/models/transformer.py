@@ -6,6 +6,7 @@ V vocab, N layers. Layers are stacked: their parameters are "layers/..." with a 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -16,7 +17,7 @@ import numpy as np
 from bigmodel_jax import flops
 from bigmodel_jax.errors import InputError
 from bigmodel_jax.models import cache as caches
-from bigmodel_jax.models import laid, moe
+from bigmodel_jax.models import laid, moe, ring
 from bigmodel_jax.models import layers as ops
 from bigmodel_jax.models.block import Block, Context, bias, norm, weight
 from bigmodel_jax.models.heads import Head, head_flops, read_out
@@ -25,6 +26,7 @@ from bigmodel_jax.models.model import Model, Output
 from bigmodel_jax.models.positions import rotary_table, sinusoidal
 from bigmodel_jax.models.spec import REMAT, EncoderSpec, Spec, taking
 from bigmodel_jax.parallel import pipeline
+from bigmodel_jax.parallel.context import natural, reordered
 from bigmodel_jax.parallel.rules import constrain
 
 
@@ -100,20 +102,35 @@ class Transformer(nn.Module):
         plain = positions is None and length is None  # 0, 1, 2, ... in every row
         if positions is None:
             positions = jnp.arange(tokens.shape[1])[None] + (0 if length is None else length[:, None])
-        x, table = Embed(spec, name="embed")(tokens, positions, plain, token_types)
-        x = ops.dropout(x, ops.fold(keys, spec.num_layers), spec.embed_dropout)
-        x = constrain(x, ("rows", "length", "embed_act"))
         window = spec.window if any(spec.local) else 0
         mask = Mask(causal=spec.causal, window=window, segments_q=segments, prefix=prefix, offset=length)
+        if cache is None and stores_zigzag(spec, mask, tokens):
+            plain, mask = False, dataclasses.replace(mask, zigzag=True, segments_q=reordered(segments))
+            tokens, positions, token_types = (reordered(each) for each in (tokens, positions, token_types))
+        x, table = Embed(spec, name="embed")(tokens, positions, plain, token_types)
+        x = ops.dropout(x, ops.fold(keys, spec.num_layers), spec.embed_dropout, mask.zigzag)
+        x = constrain(x, ("rows", "length", "embed_act"))
         rope, local_rope = ropes(spec, positions, ops.wide(x.dtype))
         context = Context(mask, rope, keys, length, local_rope=local_rope)
         (x, held), routed = run_layers(self, spec, x, cache, context, blocks)
         if spec.norm_placement != "post":
             x = norm(spec, "norm_final", x)
+        x = natural(x, "rows") if mask.zigzag else x
         if cache is not None:
             held = held | {"length": cache["length"] + tokens.shape[1]}
         x, extra = read_out(spec, x, segments, keys)
         return Output(x, Head(spec, name="head")(table), held, extra=extra | moe.extra(routed))
+
+
+def stores_zigzag(spec: Spec, mask: Mask, tokens: jax.Array) -> bool:
+    """Whether the layers hold the length of tokens [B, L] in zigzag order (parallel/context.py).
+
+    Who calls reorders tokens and positions before the embedding and the states after the last layer: one exchange
+    of them in all, where each layer would have to exchange queries, keys, values and results.
+    """
+    if spec.mixed:  # the layers that see all decide
+        mask = dataclasses.replace(mask, window=0)
+    return ring.balances(mask, tokens.shape[1], spec.attention)
 
 
 def ropes(spec: Spec, positions: jax.Array, dtype: jnp.dtype):

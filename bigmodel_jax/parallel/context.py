@@ -12,6 +12,7 @@ In a ring the blocks of keys and values go from device to device by collective-p
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -75,20 +76,42 @@ def length_for_heads(x: jax.Array) -> jax.Array:
     return jax.lax.all_to_all(x, AXIS, split_axis=1, concat_axis=2, tiled=True)
 
 
-def zigzag(x: jax.Array) -> jax.Array:
-    """[B, L, ...], cut in natural order, to zigzag order: each half of a device's rows goes to one other device."""
-    return _exchanged(x, _to_zigzag)
+def reordered(ids: jax.Array | None) -> jax.Array | None:
+    """[B, L] that every device has whole, in zigzag order. Nothing is sent."""
+    return None if ids is None else ids[:, order(ids.shape[1], size())]
 
 
-def natural(x: jax.Array) -> jax.Array:
+def zigzag(x: jax.Array, rows: str = "batch") -> jax.Array:
+    """[B, L, ...], cut in natural order, to zigzag order: each half of a device's length goes to one other device.
+
+    rows: logical axis of B.
+    """
+    return _exchanged(x, rows, True)
+
+
+def natural(x: jax.Array, rows: str = "batch") -> jax.Array:
     """The inverse of `zigzag`."""
-    return _exchanged(x, _to_natural)
+    return _exchanged(x, rows, False)
 
 
-def _exchanged(x: jax.Array, fn: Callable[[jax.Array], jax.Array]) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _exchanged(x: jax.Array, rows: str, to_zigzag: bool) -> jax.Array:
     layout = active()
-    where = spec(("batch", "length", *[None] * (x.ndim - 2)), x.shape, layout.mesh, layout.rules)
+    where = spec((rows, "length", *[None] * (x.ndim - 2)), x.shape, layout.mesh, layout.rules)
+    fn = _to_zigzag if to_zigzag else _to_natural
     return jax.shard_map(fn, mesh=layout.mesh, in_specs=where, out_specs=where, check_vma=False)(x)
+
+
+def _exchanged_forward(x: jax.Array, rows: str, to_zigzag: bool) -> tuple[jax.Array, None]:
+    return _exchanged(x, rows, to_zigzag), None
+
+
+def _exchanged_backward(rows: str, to_zigzag: bool, _: None, g: jax.Array) -> tuple[jax.Array]:
+    # That of shard_map would be the same, and add up over the axes that the states are whole over.
+    return (_exchanged(g, rows, not to_zigzag),)
+
+
+_exchanged.defvjp(_exchanged_forward, _exchanged_backward)
 
 
 def _homes() -> list[list[tuple[int, int]]]:

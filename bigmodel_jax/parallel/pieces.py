@@ -56,13 +56,18 @@ class Pieces:
         return jax.tree.map(pinned, tree)
 
 
-def pieces(rows: int, length: int = 1) -> Pieces:
-    """The pieces that the active layout cuts [rows, length] into; a size that it does not divide stays whole."""
+def pieces(rows: int, length: int = 1, over: tuple[str, ...] = BATCH_AXES) -> Pieces:
+    """The pieces that the active layout cuts [rows, length] into; a size that it does not divide stays whole.
+
+    over: mesh axes of the rows; outside a layer stack rules.ROW_AXES.
+    """
     layout = active()
     if layout is None or layout.mesh.size == 1:
         return Pieces()
     counts, axes = [], []
-    for size, names in ((rows, BATCH_AXES), (length, ("context",))):
+    over = tuple(axis for axis in over if axis not in layout.apart)
+    for size, names in ((rows, over), (length, ("context",))):
+        names = [name for name in names if name not in layout.apart]
         count = math.prod(layout.size(name) for name in names)
         counts.append(count if size % count == 0 else 1)
         axes += [name for name in names if layout.size(name) > 1 and counts[-1] > 1]

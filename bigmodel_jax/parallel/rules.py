@@ -74,6 +74,7 @@ class Layout:
     offload: "optimizer" keeps the optimizer state in host memory between steps.
     dispatch: how choices of dropless experts travel, "bounded" or "ragged" (TPU only). room: of one device on
       another, as a multiple of an even share; 0 has room for all. See models/dispatch.py.
+    apart: mesh axes on each place of which the work at hand is done for itself, see `within`.
     """
 
     mesh: Mesh
@@ -85,6 +86,7 @@ class Layout:
     offload: str = ""
     dispatch: str = "bounded"
     room: float = 0.0
+    apart: tuple[str, ...] = ()
 
     @property
     def weights(self) -> Rules:
@@ -93,6 +95,14 @@ class Layout:
             return self.rules
         kept = (("experts", ("expert",)), ("layers", ("stage",)))
         return tuple(rule for rule in self.rules if rule in kept or not set(rule[1]) <= set(STATE_AXES))
+
+    def within(self, axes: tuple[str, ...]) -> Layout:
+        """This layout for work that is done on each place of these mesh axes apart: they cut no rows in it."""
+        left = (
+            (name, tuple(axis for axis in group if axis not in axes)) if name in ("batch", "group") else (name, group)
+            for name, group in self.rules
+        )
+        return dataclasses.replace(self, rules=tuple(left), apart=axes)
 
     def size(self, axis: str) -> int:
         """Devices along a mesh axis."""
@@ -218,31 +228,3 @@ def report(axes: Any, shapes: Any, mesh: Mesh, rules: Rules = RULES) -> list[Who
             size = math.prod(leaf.shape) * leaf.dtype.itemsize // cut
             rows.append(Whole(path, tuple(leaf.shape), size, missing))
     return sorted(rows, key=lambda row: -row.bytes_per_device)
-
-
-def batch_pieces(rows: int) -> int:
-    """Pieces that the active mesh cuts `rows` batch rows into; 1 without a mesh or an even cut."""
-    layout = active()
-    if layout is None:
-        return 1
-    pieces = math.prod(layout.size(axis) for axis in BATCH_AXES)
-    return pieces if rows % pieces == 0 else 1
-
-
-def pin_pieces(tree: Any) -> Any:
-    """Place leaves [pieces, ...], one piece on each batch shard; other dimensions stay free.
-
-    A weight broadcast to [pieces, ...] and pinned so is gathered once, and its gradient stays
-    local to the shard until it is summed over the first dimension, also inside a loop.
-    """
-    layout = active()
-    if layout is None or layout.mesh.size == 1:
-        return tree
-    mesh = layout.mesh
-    axes = tuple(axis for axis in BATCH_AXES if mesh.shape[axis] > 1)
-
-    def pin(x: jax.Array) -> jax.Array:
-        free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(axes or None, *free)))
-
-    return jax.tree.map(pin, tree)
