@@ -12,7 +12,7 @@ from bigmodel_jax.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {
-    "lm_tiny.py", "lm_small.py", "mlm_tiny.py", "resnet_tiny.py", "resnet_tiny.py:mnist5k",
+    "lm_tiny.py", "lm_small.py", "mlm_tiny.py", "mlm_small.py", "resnet_tiny.py", "resnet_tiny.py:mnist5k",
     "gpt2.py:124m", "gpt2.py:350m", "gpt2.py:1.5b", "llama.py:1b", "llama.py:8b", "llama.py:70b",
     "bert.py:base", "bert.py:large", "lstm_tiny.py", "g2p_cmudict.py", "span_tiny.py", "convnet_digits.py",
     "logistic_digits.py", "vit_digits.py",
