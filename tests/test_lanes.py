@@ -29,7 +29,7 @@ def resolved(raw: dict, point: dict) -> dict:
 
 def batch(exp: experiment.Experiment, step: int) -> dict[str, np.ndarray]:
     size = exp.data.train.size(step)
-    return train_lanes._shaped(exp.data.train.batch(step), exp.cut(size))
+    return train_lanes.shaped(exp.data.train.batch(step), exp.cut(size))
 
 
 def built(raw: dict) -> list[experiment.Experiment]:

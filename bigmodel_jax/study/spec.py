@@ -21,6 +21,7 @@ from typing import Any
 
 from bigmodel_jax import experiment, schema
 from bigmodel_jax.errors import InputError, nearest
+from bigmodel_jax.study import search
 from bigmodel_jax.variants import expand, overridden
 
 
@@ -177,8 +178,10 @@ def _check_seeds(study: Study) -> None:
             raise InputError(f"study {what} {seeds!r} should be different integers")
     if not study.seeds:
         raise InputError(f"study '{study.name}' has no seeds")
-    if bool(study.tune) != bool(study.tune_seeds) and not study.search:
-        raise InputError("study: tune and tune_seeds come together")
+    if study.tune and study.search:
+        raise InputError("study: tune is a grid and search another way to choose; give one of them")
+    if bool(study.tune or study.search) != bool(study.tune_seeds):
+        raise InputError("study: tune (or search) and tune_seeds come together")
     both = sorted(set(study.seeds) & set(study.tune_seeds))
     if both:
         # A value chosen on a seed flatters that seed.
@@ -187,6 +190,7 @@ def _check_seeds(study: Study) -> None:
 
 def _check_configs(study: Study) -> None:
     seen: dict[str, str] = {}
+    ends = search.check(study.search) if study.search else []
     for name, overrides in study.variants.items():
         if "seed" in overrides:
             raise InputError(f"study variant '{name}' sets 'seed'; seeds are the study's")
@@ -203,6 +207,8 @@ def _check_configs(study: Study) -> None:
                 raise InputError(f"study tune: '{leaf}' needs at least two values, not {values!r}")
             for value in values:
                 _resolved(f"tune of variant '{name}'", study.config(name, **{leaf: value}))
+        for point in ends:
+            _resolved(f"search of variant '{name}'", study.config(name, **point))
     if study.full is not None:
         _resolved("full-scale twin", study.full)
 

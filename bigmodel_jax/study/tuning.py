@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from bigmodel_jax.study import search
+from bigmodel_jax.study.search import Method, Point
 from bigmodel_jax.study.spec import Row, Study
 from bigmodel_jax.study.store import Cell, Store
-
-Point = dict[str, Any]
-Method = Generator[list[Point], list[float], None]
-"""Yields points (overrides by leaf), receives the score of each: lower is better, inf for divergence."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +42,9 @@ def grid(axes: Mapping[str, Sequence[Any]]) -> Method:
     yield [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
-def method(study: Study, variant: str) -> Method:
-    """How the leaves of a variant are looked for."""
-    if study.search:
-        from bigmodel_jax.study import search
-
-        return search.make(study.search, study.config(variant), variant)
-    return grid(study.tune)
+def method(study: Study) -> Method:
+    """How leaves are looked for."""
+    return search.make(study.search) if study.search else grid(study.tune)
 
 
 def tune(
@@ -62,7 +56,7 @@ def tune(
       run: carries out cells and returns the rows it has; a point lacking one is not scored.
     """
     study = store.study
-    methods = {variant: method(study, variant) for variant in variants}
+    methods = {variant: method(study) for variant in variants}
     asked = {variant: next(each) for variant, each in methods.items()}
     tried: dict[str, list[Tried]] = {variant: [] for variant in variants}
     while asked:
@@ -112,13 +106,19 @@ def choose(study: Study, tried: Sequence[Tried]) -> Choice:
     longest = max((each.overrides.get("steps", 0) for each in tried), default=0)
     full = [each for each in tried if each.overrides.get("steps", 0) == longest]
     best = min(full, key=lambda each: _score(study, each))
-    edge = []
-    for leaf, value in best.overrides.items():
-        values = sorted({each.overrides[leaf] for each in tried if _is_number(each.overrides.get(leaf))})
-        if leaf != "steps" and _is_number(value) and len(values) > 1 and value in (values[0], values[-1]):
-            edge.append(leaf)
     overrides = {leaf: value for leaf, value in best.overrides.items() if leaf != "steps"}
+    axes = study.search["leaves"] if study.search else study.tune
+    edge = [leaf for leaf, value in overrides.items() if _is_number(value) and at_edge(axes[leaf], value)]
     return Choice(overrides, list(tried), edge)
+
+
+def at_edge(axis: Any, value: float, margin: float = 0.05) -> bool:
+    """Whether a value lies at the end of its axis: the least or largest choice, or within `margin` of a range's end."""
+    if not isinstance(axis, Mapping):
+        return len(axis) > 1 and value in (min(axis), max(axis))
+    ends = axis["low"], axis["high"]
+    low, high, at = (math.log(x) for x in (*ends, value)) if axis.get("log") else (*ends, value)
+    return not margin < (at - low) / (high - low) < 1 - margin
 
 
 def _is_number(value: Any) -> bool:

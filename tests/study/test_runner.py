@@ -1,0 +1,178 @@
+"""Studies killed, shared and recorded, with a stand-in for `bigmodel train` that keeps its promises in milliseconds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from bigmodel_jax.errors import InputError, Preempted
+from bigmodel_jax.study import runner, spec
+from bigmodel_jax.study.store import Store, same
+
+# Saves every step, leaves with 75 when asked, 76 when it diverges; says in ran.txt when it has come to its end.
+TRAINER = """
+import json, os, signal, sys, time
+words = dict(word.split("=", 1) for word in sys.argv if "=" in word and word.startswith("--config."))
+folder = sys.argv[sys.argv.index("--workdir") + 1]
+variant = sys.argv[sys.argv.index("--config") + 1].partition(":")[2]
+seed = int(words["--config.seed"])
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+step = int(open(folder + "/step").read()) if os.path.exists(folder + "/step") else 0
+if "lr=9" in variant:
+    sys.exit("bigmodel: no such thing") if seed else os._exit(2)
+if "lr=0.3" in variant and not step:
+    open(folder + "/step", "w").write("1")
+    os._exit(1)  # crashes once
+while step < 6:
+    time.sleep(0.03)
+    step += 1
+    open(folder + "/.step", "w").write(str(step))
+    os.replace(folder + "/.step", folder + "/step")
+    if asked:
+        sys.exit(75)
+open(os.path.dirname(folder) + "/../ran.txt", "a").write(os.path.basename(folder) + "\\n")
+if "lr=7" in variant:
+    open(folder + "/diverged.json", "w").write("{}")
+    sys.exit(76)
+loss = seed + len(variant) / 10
+open(folder + "/metrics.jsonl", "w").write(json.dumps({"step": 6, "event": "eval", "name": "validation", "loss": loss}))
+result = {"eval": {"validation": {"loss": loss}}, "examples": {"train": "t", "validation": words.get("--eval", "v")}}
+open(folder + "/.result", "w").write(json.dumps(result))
+os.replace(folder + "/.result", folder + "/result.json")
+"""
+
+
+def study_file(folder: Path, rates: tuple = (0.1, 0.2), names: tuple = ("sgd", "adam"), **fields) -> str:
+    study = dict(
+        name="killed", title="t", source="s", seeds=(0, 1, 2), metric="validation/loss", mode="min",
+        base=dict(
+            steps=6, model=dict(name="linear"), objective=dict(name="classification"), optimizer=dict(name="sgd"),
+            schedule=dict(name="constant"), data=dict(name="digits"),
+        ),
+        grid={"optimizer.lr": rates, "optimizer.name": names}, baseline=f"lr={rates[0]},name={names[0]}",
+    )  # fmt: skip
+    file = folder / "configs" / "killed.py"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(f"def get_study():\n    return {study | fields!r}\n")
+    return str(file)
+
+
+@pytest.fixture
+def trainer(tmp_path, monkeypatch):
+    path = tmp_path / "trainer.py"
+    path.write_text(textwrap.dedent(TRAINER))
+    monkeypatch.setattr(runner, "TRAIN", (sys.executable, str(path)))
+
+
+def carried_out(file: str, workdir: Path, **options) -> list[spec.Row]:
+    store = Store(spec.read(file), workdir, record=options.pop("record", False))
+    return runner.Runner(store, say=lambda line: None, **options).run(store.cells())
+
+
+def in_a_process(file: str, workdir: Path) -> int:
+    """Process id of a runner; it exits 0, 75 when asked to stop, or 1."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        carried_out(file, workdir, processes=2)
+        code = 0
+    except Preempted as error:
+        code = error.exit_code
+    finally:
+        os._exit(code)
+
+
+def ended(workdir: Path) -> list[str]:
+    """Cells whose run came to its end, as often as it did."""
+    path = workdir / "ran.txt"
+    return path.read_text().split() if path.exists() else []
+
+
+def until(condition, seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def table(rows: list[spec.Row]) -> list[tuple]:
+    return [(row.variant, row.seed, row.status, row.values.get("validation/loss")) for row in rows]
+
+
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning", "ignore:.*fork:DeprecationWarning")
+def test_a_study_killed_five_times_ends_with_the_same_table_and_runs_no_cell_twice(tmp_path, trainer):
+    file, workdir = study_file(tmp_path), tmp_path / "w"
+    for turn, (number, code) in enumerate(
+        ((signal.SIGKILL, 9), (signal.SIGTERM, 75), (signal.SIGKILL, 9), (signal.SIGTERM, 75), (signal.SIGKILL, 9))
+    ):
+        pid = in_a_process(file, workdir)
+        until(lambda least=2 * turn + 1: len(ended(workdir)) >= least)
+        os.kill(pid, number)
+        _, status = os.waitpid(pid, 0)
+        assert code == (status & 0x7F or os.waitstatus_to_exitcode(status))
+    rows = carried_out(file, workdir, processes=2)
+    assert len(rows) == 12 and table(rows) == table(carried_out(file, tmp_path / "unbroken", processes=4))
+    assert sorted(ended(workdir)) == sorted(row.cell for row in rows)
+    again = carried_out(file, workdir)  # nothing is left to do
+    assert again == rows and len(ended(workdir)) == 12
+
+
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning", "ignore:.*fork:DeprecationWarning")
+def test_runners_share_a_study_and_each_cell_is_run_once(tmp_path, trainer):
+    file, workdir = study_file(tmp_path), tmp_path / "w"
+    pids = [in_a_process(file, workdir) for _ in range(3)]
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0, 0]
+    assert len(ended(workdir)) == len(set(ended(workdir))) == 12
+
+
+def test_divergence_is_a_result_and_failure_is_told(tmp_path, trainer):
+    said = []
+    store = Store(spec.read(study_file(tmp_path, rates=(0.3, 7, 9), names=("sgd",), seeds=(0, 1))), tmp_path / "w")
+    work = runner.Runner(store, 3, say=said.append)
+    rows = {(row.variant, row.seed): row.status for row in work.run(store.cells())}
+    for rate, status in ((0.3, "done"), (7, "diverged")):
+        assert rows[f"lr={rate},name=sgd", 0] == rows[f"lr={rate},name=sgd", 1] == status
+    assert rows["lr=9,name=sgd", 1] == "failed" and "no such thing" in "\n".join(said)
+    assert len(work.failed) == 2
+    assert not any("again" in line and "lr=9,name=sgd seed 0" in line for line in said)  # 2 is never retried
+    assert sum("again from the start" in line for line in said) >= 2  # 1 is
+
+
+def test_recorded_rows_count_on_another_machine_and_after_a_new_option(tmp_path, trainer):
+    file = study_file(tmp_path, names=("sgd",), seeds=(0,))
+    first = carried_out(file, tmp_path / "w", record=True)
+    path = tmp_path / "results" / "studies" / "killed.jsonl"
+    assert len(path.read_text().splitlines()) == 2 and str(tmp_path) not in path.read_text()
+    assert table(carried_out(file, tmp_path / "elsewhere", record=True)) == table(first)
+    assert not (tmp_path / "elsewhere" / "ran.txt").exists()
+    # An option that did not exist then does not matter while the study leaves it alone; a value that differs does.
+    store = Store(spec.read(file), tmp_path / "w", record=True)
+    cell = store.cells()[0]
+    old = json.loads(path.read_text().splitlines()[0])["config"]
+    del old["optimizer"]["clip"]
+    assert same(old, cell)
+    assert not same(old, dataclasses.replace(cell, given=cell.given | {"optimizer.clip"}))
+    old["batch_size"] = 64
+    assert not same(old, cell)
+
+
+def test_rows_of_other_data_are_not_compared(tmp_path, trainer):
+    study = spec.read(study_file(tmp_path, names=("sgd",), seeds=(0,)))
+    store = Store(study, tmp_path / "w")
+    rows = runner.Runner(store, 2, say=lambda line: None).run(store.cells())
+    spec.check_comparable(study, rows)
+    for field, what in (("eval_fingerprint", "evaluation"), ("data_fingerprint", "data")):
+        other = [rows[0], dataclasses.replace(rows[1], **{field: "other"})]
+        with pytest.raises(InputError, match=f"'lr=0.1,name=sgd' seed 0.*'lr=0.2,name=sgd' seed 0.*{what} fingerprint"):
+            spec.check_comparable(study, other)
