@@ -135,7 +135,7 @@ def _evals(first: _Run, second: _Run) -> list[dict[str, Any]]:
     for name in sorted({name for name, _ in common}):
         step = max(step for other, step in common if other == name)
         one, two = first.evals[name, step], second.evals[name, step]
-        for key in sorted(set(one) & set(two) - set(metrics.RESERVED)):
+        for key in sorted(set(one) & set(two) - {*metrics.RESERVED, "examples"}):
             if isinstance(one[key], (int, float)) and isinstance(two[key], (int, float)):
                 out.append({"set": name, "step": step, "metric": key, "values": [one[key], two[key]]})
     return out
@@ -196,7 +196,7 @@ def curves(found: Mapping[str, Any], axis: Any) -> None:
     finite = []
     for place, (name, each) in enumerate(zip(found["runs"], found["curves"], strict=True)):
         look: dict[str, Any] = {"color": COLOURS[place], "linestyle": ("-", "--")[place]}
-        axis.plot(*_columns(each["train"]), linewidth=(3.0, 1.3)[place], alpha=(0.55, 1.0)[place], label=name, **look)
+        axis.plot(*_columns(each["train"]), linewidth=(3.0, 1.3)[place], alpha=(0.75, 1.0)[place], label=name, **look)
         for set_name, points in each["eval"].items():
             axis.plot(*_columns(points), marker=("o", "s")[place], markersize=5, linewidth=0, color=COLOURS[place],
                       label=f"{name}, {set_name}")  # fmt: skip

@@ -207,7 +207,7 @@ def tuned(points: Mapping[str, Sequence[Mapping[str, Any]]], leaf: str, metric: 
     _legend(axis)
 
 
-def heat(grid: Mapping[str, Any], metric: str, mode: str, axis: Any) -> None:
+def heat(grid: Mapping[str, Any], mode: str, axis: Any) -> None:
     """A heat map of two leaves: numbers in the cells, the best one framed; a cross is a run that diverged, a dash none.
 
     grid: x, y (names), xs, ys (values), z (rows of y, columns of x; None is missing, NaN diverged).
@@ -237,8 +237,7 @@ def heat(grid: Mapping[str, Any], metric: str, mode: str, axis: Any) -> None:
     axis.spines[["left", "bottom"]].set_visible(False)
     axis.tick_params(length=0)
     axis.set(xlabel=grid["x"], ylabel=grid["y"], title="")
-    better = "less" if mode == "min" else "more"
-    axis.figure.colorbar(image, ax=axis, shrink=0.8, label=f"{metric} ({better} is better)")
+    axis.figure.colorbar(image, ax=axis, shrink=0.8)
 
 
 def all_plots(report: Mapping[str, Any], forms: Sequence[str]) -> dict[str, tuple[str, str, dict[str, bytes]]]:
@@ -277,7 +276,7 @@ def all_plots(report: Mapping[str, Any], forms: Sequence[str]) -> dict[str, tupl
     for number, grid in enumerate(report["grids"]):
         caption = f"{grid['title']}: {metric} over {grid['x']} and {grid['y']}; the best is framed, × diverged"
         size = (1.9 + 0.62 * max(4, len(grid["xs"])), 1.2 + 0.42 * max(3, len(grid["ys"])))
-        out[f"grid-{number}"] = caption, caption, drawn(partial(heat, grid, metric, mode), size, forms)
+        out[f"grid-{number}"] = caption, caption, drawn(partial(heat, grid, mode), size, forms)
     return out
 
 

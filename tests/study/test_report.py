@@ -11,9 +11,11 @@ import pytest
 import scipy.stats
 from matplotlib.figure import Figure
 
+from bigmodel_jax import cli
 from bigmodel_jax.errors import InputError
 from bigmodel_jax.measures import look
-from bigmodel_jax.study import findings, plots, report, tables
+from bigmodel_jax.study import findings, plots, report, spec, tables
+from bigmodel_jax.study.store import Store
 from tests.study import synthetic
 
 
@@ -190,7 +192,7 @@ def test_a_grid_of_two_leaves_is_a_heat_map():
             v = of(found, f"lr={lr},weight_decay={wd}")
             assert grid["z"][i][j] == v["mean"] if v["n"] else np.isnan(grid["z"][i][j])
     axis = Figure().add_subplot()
-    plots.heat(grid, "loss", "min", axis)
+    plots.heat(grid, "min", axis)
     cells = [text.get_text() for text in axis.texts]
     assert len(cells) == 20 and cells.count("×") == 1
     fine = [x for row in grid["z"] for x in row if np.isfinite(x)]
@@ -202,3 +204,53 @@ def test_a_grid_of_two_leaves_is_a_heat_map():
     points = [({"optimizer.name": n, "a": a, "b": b}, a + b) for n in ("x", "y") for a in (1, 2) for b in (1, 2)]
     assert [g["title"] for g in findings._grid("t", points)] == ["name='x'", "name='y'"]
     assert findings._grid("t", [({"a": a}, a) for a in (1, 2)]) == []
+
+
+STUDY = """
+def get_study():
+    base = dict(
+        steps=20, model=dict(name="linear"), objective=dict(name="classification"), optimizer=dict(name="sgd", lr=0.1),
+        schedule=dict(name="constant"), data=dict(name="digits"),
+    )
+    return dict(
+        name="tiny", title="Rates", source="none", base=base, seeds=(0, 1, 2), metric="validation/loss", mode="min",
+        variants={"slow": {"optimizer.lr": 0.01}, "fast": {}}, baseline="slow",
+        claims=(dict(better="fast", worse="slow", text="Fast is better"),),
+    )
+"""
+
+
+def test_the_verb_reports_what_is_in_the_store(tmp_path, capsys):
+    file = tmp_path / "configs" / "tiny.py"
+    file.parent.mkdir()
+    file.write_text(STUDY)
+    study = spec.read(str(file))
+    store = Store(study, tmp_path / "w")
+    for cell in store.cells()[:-1]:
+        value = {"slow": 1.0, "fast": 0.5}[cell.variant] + 0.01 * cell.seed**2
+        row = dataclasses.replace(
+            synthetic.rows(synthetic.study())[0], cell=cell.id, variant=cell.variant, seed=cell.seed,
+            values={"validation/loss": value}, command=store.command(cell),
+        )  # fmt: skip
+        store.folder(cell).mkdir(parents=True)
+        (store.folder(cell) / "row.json").write_text(json.dumps(dataclasses.asdict(row)))
+    start = {"python": "3.11.7", "versions": {"jax": "0.10"}, "devices": 1, "device_kind": "cpu", "cpus": 2}
+    (store.folder(store.cells()[0]) / "env.json").write_text(json.dumps({"starts": [start]}))
+    verb = ["study", "report", str(file), "--workdir", str(tmp_path / "w")]
+    cli.run(verb)
+    said = capsys.readouterr().out
+    assert "! runs not run yet, of 3 seeds each: fast 1" in said and "+0.5" in said and "undecided: Fast" in said
+    out = tmp_path / "w" / "report"
+    found = json.loads((out / "report.json").read_text())
+    assert of(found, "slow")["mean"] == pytest.approx(1.0 + 0.05 / 3) and of(found, "fast")["n"] == 2
+    page = (out / "index.html").read_text()
+    assert store.command(store.cells()[0]).replace("'", "&#x27;") in page and "jax 0.10" in page
+    assert {p.name for p in out.iterdir()} >= {"report.md", "report.tex", "seeds.png", "seeds.pdf", "gains.png"}
+
+    row = store.folder(store.cells()[0]) / "row.json"
+    row.write_text(row.read_text().replace("e" * 16, "0" * 16))
+    with pytest.raises(InputError, match="evaluation fingerprint.*--mixed"):
+        cli.run(verb)
+    cli.run([*verb, "--mixed", "--out", str(tmp_path / "elsewhere")])
+    assert "! NOT COMPARABLE" in capsys.readouterr().out
+    assert "NOT COMPARABLE" in (tmp_path / "elsewhere" / "index.html").read_text()

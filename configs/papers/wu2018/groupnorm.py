@@ -16,14 +16,14 @@ from configs import resnet_imagenet
 
 def get_study():
     config = ConfigDict()
-    config.steps = 250
+    config.steps = 500
     config.batch_size = 64
     config.model = dict(name="resnet", depth=14, channels=16, bn_group=32)
     config.objective = dict(name="classification")
-    config.optimizer = dict(name="momentum", lr=0.05, decay="l2", weight_decay=1e-4)
+    config.optimizer = dict(name="momentum", lr=0.1, decay="l2", weight_decay=1e-4)
     config.schedule = dict(name="cosine", warmup=10)
     config.data = dict(name="digits", pad_crop=1, rotate=10.0, mean=(0.305,), std=(0.376,))
-    config.eval = dict(every=50, batch_size=360)
+    config.eval = dict(every=100, batch_size=360)
     config.checkpoint = dict(every=0, keep_last=1)
     config.log = dict(every=10, tensorboard=False)
     variants = {f"batch norm of {rows}": {"model.bn_group": rows} for rows in (32, 16, 8, 4, 2)}
