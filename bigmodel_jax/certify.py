@@ -126,26 +126,30 @@ def initial(exp: Experiment, seed: int = 7) -> dict[str, Any]:
     return state | {"opt": jax.device_get(exp.tx.init(state["params"]))}
 
 
-def run(exp: Experiment, start: Mapping[str, Any], batches: Batches, steps: int) -> dict[str, dict[str, np.ndarray]]:
-    """{part: {leaf: array}} after so many steps from `start`: "loss" of each step, "gradients" of the first,
-    "parameters", and where there are any "statistics" and "average".
+class Side:
+    """One layout of an experiment, its optimizer from `recording`, compiled."""
 
-    exp.tx: from `recording`.
-    """
-    programs, size = Programs(exp), exp.batch_sizes()[0]
-    compiled = programs.lower_step(size).compile(compiler_options=QUICK)
-    state, key = jax.device_put(dict(start), programs.shardings), jax.random.key(exp.run.seed)
-    losses, first = {}, {}
-    for step in range(steps):
-        batch = global_batch(lambda rows, s=step: batches(exp, s, rows), programs.batch_sharding, exp.cut(size))
-        state, metrics = compiled(state, batch, key)
-        losses[f"step {step}"] = np.asarray(metrics["loss"])
-        first = first or tree.flatten(jax.device_get(state["opt"]["gradients"]))
-    out = {"loss": losses, "gradients": first}
-    for part, name in (("parameters", "params"), ("statistics", "stats"), ("average", "ema")):
-        if jax.tree.leaves(state.get(name, {})):
-            out[part] = tree.flatten(jax.device_get(state[name]))
-    return out
+    def __init__(self, exp: Experiment):
+        self.exp, self.programs = exp, Programs(exp)
+        self.size = exp.batch_sizes()[0]
+        self.step = self.programs.lower_step(self.size).compile(compiler_options=QUICK)
+
+    def run(self, start: Mapping[str, Any], batches: Batches, steps: int) -> dict[str, dict[str, np.ndarray]]:
+        """{part: {leaf: array}} after so many steps from `start`: "loss" of each step, "gradients" of the first,
+        "parameters", and where there are any "statistics" and "average"."""
+        exp, place = self.exp, self.programs.batch_sharding
+        state, key = jax.device_put(dict(start), self.programs.shardings), jax.random.key(self.exp.run.seed)
+        losses, first = {}, {}
+        for step in range(steps):
+            batch = global_batch(lambda rows, s=step: batches(exp, s, rows), place, exp.cut(self.size))
+            state, metrics = self.step(state, batch, key)
+            losses[f"step {step}"] = np.asarray(metrics["loss"])
+            first = first or tree.flatten(jax.device_get(state["opt"]["gradients"]))
+        out = {"loss": losses, "gradients": first}
+        for part, name in (("parameters", "params"), ("statistics", "stats"), ("average", "ema")):
+            if jax.tree.leaves(state.get(name, {})):
+                out[part] = tree.flatten(jax.device_get(state[name]))
+        return out
 
 
 def made_up(exp: Experiment, step: int, rows: np.ndarray) -> Mapping[str, np.ndarray]:
@@ -206,7 +210,7 @@ def certify(
         with jax.enable_x64(name == "float64"):
             experiments = [built(in_precision(config, dtype), mesh, load) for mesh in meshes]
             start = initial(experiments[0])
-            runs = [run(exp, start, batches, steps) for exp in experiments]
+            runs = [Side(exp).run(start, batches, steps) for exp in experiments]
         if name == "float64":
             zeros = agreement.zero_gradients(runs[0])
         before = {"parameters": tree.flatten(start["params"])}
