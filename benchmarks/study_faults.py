@@ -2,12 +2,12 @@
 
     python -m benchmarks.study_faults [--trials N]
 
-Kinds of kills, in turn: SIGKILL to the runner and its runs (a power cut), SIGKILL to the runner alone (its runs go
-on), SIGTERM to the runner (it must leave with 75). After the fifth the study is started once more and must end.
-Passes when every cell's final state and metric equal, bit for bit, those of the unbroken study; when no cell is
-started after it was done; and when a kill costs no more than a restart of what was under way. In odd trials
-three cells are trained as lanes of one program. A trial is a function of its number, and those in
-results/study_faults.json are not repeated.
+Each kill comes when the study has gone a random share of its way. Kinds, in turn: SIGKILL to the runner and its
+runs (a power cut), SIGKILL to the runner alone (its runs go on), SIGTERM to the runner (it must leave with 75).
+After the fifth the study is started once more and must end. Passes when every cell's final state and metric equal,
+bit for bit, those of the unbroken study; when no cell is started after it was done; and when a kill costs no more
+than a restart of what was under way. In odd trials three cells are trained as lanes of one program. A trial is
+a function of its number, and those in results/study_faults.json are not repeated.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results" / "study_faults.json"
-PROCESSES, KILLS, CELLS = 2, 5, 12
+PROCESSES, KILLS, CELLS, STEPS = 2, 5, 12, 2000
 KINDS = ("kill all", "kill the runner", "ask the runner")
 STUDY = """
 def get_study():
@@ -64,10 +65,18 @@ def runs(workdir: Path) -> list[int]:
     return found
 
 
-def broken(kind: str, runner: subprocess.Popen, workdir: Path, after_s: float) -> str:
-    """Break the study after so many seconds; what went wrong with that, "" for nothing."""
-    deadline = time.monotonic() + after_s
-    while runner.poll() is None and time.monotonic() < deadline:
+def progress(workdir: Path) -> float:
+    """Share of all steps that were ever reported, from 0 to 1."""
+    steps = 0
+    for path in workdir.glob("cells/*/metrics.jsonl"):
+        found = [int(step) for step in re.findall(r'"step": (\d+)', path.read_text())]
+        steps += max(found, default=0)
+    return steps / (CELLS * STEPS)
+
+
+def broken(kind: str, runner: subprocess.Popen, workdir: Path, share: float) -> str:
+    """Break the study once it has come so far; what went wrong with that, "" for nothing."""
+    while runner.poll() is None and progress(workdir) < share:
         time.sleep(0.05)
     if runner.poll() is not None:
         return f"the study ended with {runner.returncode} before the kill"
@@ -101,12 +110,13 @@ def starts(workdir: Path) -> tuple[int, int]:
 
 def trial(number: int, file: Path, folder: Path, wanted: dict[str, list]) -> dict:
     rng = random.Random(number)
+    shares = sorted(round(rng.uniform(0.0, 0.95), 3) for _ in range(KILLS))
     workdir = folder / f"broken{number}"
     wrong, kills, together = [], [], (1, 3)[number % 2]
     for turn in range(KILLS):
-        kind, after_s = KINDS[(number + turn) % len(KINDS)], round(rng.uniform(5, 20), 2)
-        problem = broken(kind, start(file, workdir, together), workdir, after_s)
-        kills.append([kind, after_s, len(list(workdir.glob("cells/*/result.json")))])
+        kind, share = KINDS[(number + turn) % len(KINDS)], shares[turn]
+        problem = broken(kind, start(file, workdir, together), workdir, share)
+        kills.append([kind, share, len(list(workdir.glob("cells/*/result.json")))])
         wrong += [problem] if problem else []
     code = start(file, workdir, together).wait(timeout=1800)
     count, again = starts(workdir)

@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bigmodel_jax.errors import InputError, RunError
@@ -123,21 +123,37 @@ def _slurm(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     if args.sweep:
         limit = f"%{args.parallel}" if args.parallel else ""
         directives.append(f"#SBATCH --array=0-{len(points) - 1}{limit}")
-    script = render.fill("slurm.sbatch", {
-        "name": _name(args), "nodes": str(args.nodes), "tasks_per_node": str(tasks), "grace_s": str(args.grace),
-        "logs": _plain(workdir) + "/logs", "directives": "\n".join(directives), "directory": _directory(args),
-        "exports": render.exports(_environment(args)), "workdir": shlex.quote(workdir), "wait_s": "30",
-        "local_devices": "\n  export BIGMODEL_LOCAL_DEVICES=$SLURM_LOCALID" if args.per_gpu else "",
-        "command": shlex.join(_command(args, overrides, sys.executable)), "python": shlex.quote(sys.executable),
-    })  # fmt: skip
+    script = slurm_script(
+        _command(args, overrides, sys.executable), workdir, name=_name(args), nodes=args.nodes, tasks=tasks,
+        grace_s=args.grace, directives=directives, environment=_environment(args), directory=args.directory,
+        per_gpu=args.per_gpu,
+    )
     if args.dry_run:
         print(script)
         return
     (Path(workdir) / "logs").mkdir(parents=True, exist_ok=True)
     if args.sweep:
         (Path(workdir) / "sweep.txt").write_text("".join(" ".join(point) + "\n" for point in points))
-    out = _submit(args, script, "job.sbatch", ["sbatch", "--parsable"])
+    out = submit(args.workdir, script, "job.sbatch", ["sbatch", "--parsable"])
     print(f"submitted job {out}; follow it with: bigmodel status {shlex.quote(args.workdir)}")
+
+
+def slurm_script(
+    command: Sequence[str], workdir: str, *, name: str, environment: Mapping[str, str], nodes: int = 1, tasks: int = 1,
+    grace_s: int = 120, directives: Sequence[str] = (), directory: str = "", per_gpu: bool = False,
+) -> str:  # fmt: skip
+    """The batch script that runs `command --workdir WORKDIR` as one job.
+
+    Of a job array, each task runs in WORKDIR/<task> with the arguments of its line of WORKDIR/sweep.txt behind.
+    """
+    return render.fill("slurm.sbatch", {
+        "name": name, "nodes": str(nodes), "tasks_per_node": str(tasks), "grace_s": str(grace_s),
+        "logs": _plain(workdir) + "/logs", "directives": "\n".join(directives),
+        "directory": shlex.quote(directory or os.getcwd()), "exports": render.exports(environment),
+        "workdir": shlex.quote(workdir), "wait_s": "30", "command": shlex.join(command),
+        "local_devices": "\n  export BIGMODEL_LOCAL_DEVICES=$SLURM_LOCALID" if per_gpu else "",
+        "python": shlex.quote(sys.executable),
+    })  # fmt: skip
 
 
 def _gke(args: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -179,7 +195,7 @@ def _gke(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     if args.dry_run:
         print(text)
         return
-    print(_submit(args, text, "jobset.yaml", ["kubectl", "apply", "-f"]))
+    print(submit(args.workdir, text, "jobset.yaml", ["kubectl", "apply", "-f"]))
 
 
 def _tpu_vm(args: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -196,15 +212,11 @@ def _tpu_vm(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     if args.dry_run:
         print(text)
         return
-    print(_submit(args, text, "tpu_vm.sh", ["bash"]))
+    print(submit(args.workdir, text, "tpu_vm.sh", ["bash"]))
 
 
 def _name(args: argparse.Namespace) -> str:
     return render.job_name(args.name or f"{Path(args.config.partition(':')[0]).stem}-{Path(args.workdir).name}")
-
-
-def _directory(args: argparse.Namespace) -> str:
-    return shlex.quote(args.directory or os.getcwd())
 
 
 def _plain(path: str) -> str:
@@ -218,9 +230,9 @@ def _indent(text: str, spaces: int) -> str:
     return "\n".join(" " * spaces + line for line in text.splitlines())
 
 
-def _submit(args: argparse.Namespace, text: str, name: str, command: list[str]) -> str:
+def submit(workdir: str, text: str, name: str, command: list[str]) -> str:
     """Write the file, hand it to the cluster's own command, record both; that command's answer."""
-    folder = Path(args.workdir).absolute() / "launch" if "://" not in args.workdir else Path.cwd() / "launches"
+    folder = Path(workdir).absolute() / "launch" if "://" not in workdir else Path.cwd() / "launches"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
     path.write_text(text)

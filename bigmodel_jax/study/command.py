@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bigmodel_jax import status
-from bigmodel_jax.errors import InputError, RunError, nearest
-from bigmodel_jax.study import runner, spec, tuning
+from bigmodel_jax.errors import EXIT_INPUT, InputError, RunError, nearest
+from bigmodel_jax.study import array, runner, spec, tuning
 from bigmodel_jax.study.store import Cell, Store
 
 
@@ -23,6 +23,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="", help="report: folder of page, tables and plots, default WORKDIR/report")
     parser.add_argument("--mixed", action="store_true", help="report: also rows that cannot be compared, and say so")
     parser.add_argument("--record", action="store_true", help="keep finished rows in results/studies, and count them")
+    array.arguments(parser)
 
 
 def carry_out(args: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -46,6 +47,9 @@ def _variants(args: argparse.Namespace, store: Store) -> list[str]:
 
 
 def _run(args: argparse.Namespace, store: Store) -> None:
+    if args.slurm:
+        array.run(args, store)
+        return
     study, variants = store.study, _variants(args, store)
     work = runner.Runner(store, args.processes, together=args.together)
     choices: dict[str, tuning.Choice] = {}
@@ -58,7 +62,9 @@ def _run(args: argparse.Namespace, store: Store) -> None:
     spec.check_comparable(study, rows)
     print("\n".join(summary(store, cells)))
     if work.failed:
-        raise RunError(f"{len(work.failed)} cells failed; their logs are in {store.workdir}/cells/*/log.txt")
+        # A scheduler tries a RunError again, and there is no use in that for what cannot be used as given.
+        kind = InputError if set(work.failed.values()) == {EXIT_INPUT} else RunError
+        raise kind(f"{len(work.failed)} cells failed; their logs are in {store.workdir}/cells/*/log.txt")
 
 
 def _cells(store: Store, variants: Sequence[str], choices: dict[str, tuning.Choice]) -> list[Cell]:

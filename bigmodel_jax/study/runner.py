@@ -76,7 +76,7 @@ class Runner:
         self.store, self.say, self.grace_s = store, say, grace_s
         self.processes, self.together = processes, together
         self.slots = _cores(processes)
-        self.failed: dict[str, str] = {}
+        self.failed: dict[str, int] = {}  # cell: exit status
         self._asked = False
         self._children: list[_Child] = []
 
@@ -158,8 +158,8 @@ class Runner:
                 if over:
                     self._tell(store.settle(cell), cells)
             if failed:
+                self.failed |= {cell.id: policy.shell_code(code) for cell in job.cells}
                 log = last_lines(job.folder / "log.txt")
-                self.failed |= {cell.id: log for cell in job.cells}
                 self.say(f"{name(job.cells)} failed with exit {policy.shell_code(code)}:\n{log}")
             elif verdict is not None:
                 self.say(f"{name(job.cells)}: {verdict.reason}")

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
 import sys
 import textwrap
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from bigmodel_jax import cli
 from bigmodel_jax.errors import InputError, Preempted
 from bigmodel_jax.study import runner, spec
 from bigmodel_jax.study.store import Store, same
@@ -176,3 +178,14 @@ def test_rows_of_other_data_are_not_compared(tmp_path, trainer):
         other = [rows[0], dataclasses.replace(rows[1], **{field: "other"})]
         with pytest.raises(InputError, match=f"'lr=0.1,name=sgd' seed 0.*'lr=0.2,name=sgd' seed 0.*{what} fingerprint"):
             spec.check_comparable(study, other)
+
+
+def test_a_slurm_array_of_runners(tmp_path, capsys):
+    file = study_file(tmp_path)
+    words = ["study", "run", file, "--workdir", str(tmp_path / "w"), "--slurm", "3", "--processes", "2", "--record"]
+    cli.run([*words, "--dry-run", "--sbatch=--mem=1G", "--only", "lr=0.1,name=sgd"])
+    script = capsys.readouterr().out
+    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+    assert {"#SBATCH --array=0-2", "#SBATCH --mem=1G", "#SBATCH --requeue"} <= set(script.splitlines())
+    assert f"study run {file} --processes 2 --together 1 --record --only lr=0.1,name=sgd --workdir" in script
+    assert not (tmp_path / "w").exists()
