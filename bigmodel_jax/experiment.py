@@ -285,6 +285,9 @@ def build(
                 f"must be 0 or {size}"
             )
         _check_groups(config["model"], accumulation, rows)
+    decay = config["guard"]["noise_scale"]
+    if decay and (not 0 < decay < 1 or all(experiment.cut(size)[0] == 1 for size in experiment.batch_sizes())):
+        raise InputError(f"guard.noise_scale {decay} is a decay in (0, 1), and needs a microbatch smaller than a batch")
     return experiment
 
 

@@ -69,7 +69,8 @@ class Programs:
         self.exp = exp
         self.ema = exp.config["optimizer"]["ema"]
         self._create = functools.partial(
-            states.create, exp.model.init, exp.tx, ema=self.ema > 0, window=exp.section("guard").window
+            states.create, exp.model.init, exp.tx, ema=self.ema > 0, window=exp.section("guard").window,
+            noise=exp.section("guard").noise_scale > 0,
         )
         shapes = jax.eval_shape(self._create, jax.random.key(0))
         _, self.axes = exp.model.abstract()
@@ -135,7 +136,7 @@ class Programs:
         return steps.make_train_step(
             exp.model.apply, exp.model.merge, exp.objective, tx,
             lr=learning_rate,
-            guard=steps.Guard(spike=guard.spike_factor, skip=True),
+            guard=steps.Guard(spike=guard.spike_factor, skip=True, noise_scale=guard.noise_scale),
             ema=self.ema,
             layout=layout,
             gradients=gradients,

@@ -86,12 +86,15 @@ class Guard:
 
     A step is bad when loss or gradient norm is not finite, or above spike_factor times its running
     median (0: no spike check). limit: consecutive bad steps that abort a skipping run.
+    noise_scale: decay of the averages of the gradient noise meter, for example 0.99 (0: off), see learn/noise.py;
+    it measures steps that accumulate, so microbatch must be smaller than a batch.
     """
 
     policy: str = "skip"
     spike_factor: float = 0.0
     window: int = 64
     limit: int = 10
+    noise_scale: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -28,13 +28,15 @@ HOST = "pinned_host"
 State = dict[str, Any]
 
 
-def guard(window: int = 64) -> dict[str, jax.Array]:
+def guard(window: int = 64, noise: bool = False) -> dict[str, jax.Array]:
     """Fresh counters of the numeric guard.
 
     "losses" and "norms" [window] hold the last admitted values in a ring, "admitted" counts them,
-    "bad_streak" the bad steps since the last good one, "skipped" all steps left out.
+    "bad_streak" the bad steps since the last good one, "skipped" all steps left out; with `noise`, "noise"
+    holds the averages of the noise meter.
     """
-    return {
+    meter = {"noise": jnp.zeros((2,), jnp.float32)} if noise else {}
+    return meter | {
         "losses": jnp.zeros((window,), jnp.float32),
         "norms": jnp.zeros((window,), jnp.float32),
         "admitted": jnp.zeros((), jnp.int32),
@@ -56,13 +58,14 @@ def create(
     *,
     ema: bool = False,
     window: int = 64,
+    noise: bool = False,
 ) -> State:
     """State before the first update. Pure: use it under `jax.eval_shape` or `initialize`.
 
     Args:
       init: key -> {"params": ..., "stats": ...} (Model.init).
       ema: keep an average of the parameters, starting at their initial values.
-      window: admitted steps that the spike guard remembers.
+      window: admitted steps that the spike guard remembers. noise: measure the gradient noise scale.
     """
     variables = init(key)
     state = {
@@ -70,7 +73,7 @@ def create(
         "params": variables["params"],
         "stats": variables.get("stats", {}),
         "opt": tx.init(variables["params"]),
-        "guard": guard(window),
+        "guard": guard(window, noise),
     }
     if variables.get("frozen"):
         state["frozen"] = variables["frozen"]

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from bigmodel_jax import tree as trees
 from bigmodel_jax.errors import InputError
-from bigmodel_jax.learn import layers, optim
+from bigmodel_jax.learn import layers, noise, optim
 from bigmodel_jax.learn import state as states
 from bigmodel_jax.learn.objectives import Objective
 from bigmodel_jax.parallel import mesh as meshes
@@ -38,12 +38,14 @@ class Guard:
 
     spike: loss or gradient norm above `spike` times the median of the last admitted steps (as
       many as the state's window holds) is bad; 0 judges finiteness only.
+    noise_scale: decay of the averages of the noise meter (noise.py), for a state that has them.
     skip: leave the state as it was on a bad step. False applies spikes and non-finite updates
       alike and only reports them; a caller that stops at bad_streak 1 may want that.
     """
 
     spike: float = 0.0
     skip: bool = True
+    noise_scale: float = 0.0
 
 
 def make_train_step(
@@ -79,7 +81,8 @@ def make_train_step(
         "norm/grad/<prefix>", "norm/param/...", "norm/update/..."; 0 leaves them out.
 
     Metrics are scalars: loss, grad_norm, lr, finite, skipped (this step), bad_streak,
-    skipped_total, weight/<term>, and each of the objective's metrics as sum / weight.
+    skipped_total, weight/<term>, and each of the objective's metrics as sum / weight; with the noise meter also
+    noise/scale (rows) and, where the step accumulates, its estimates noise/signal and noise/trace.
 
     Raises:
       InputError: A > 1 for an objective that is not a sum over examples.
@@ -89,7 +92,9 @@ def make_train_step(
     def train_step(state: State, batch: Batch, key: jax.Array) -> tuple[State, StepMetrics]:
         with use(layout):
             trained, fixed = _split(state["params"], frozen)
-            run = _accumulate(apply, objective, state, fixed, frozen_rows, batch, key, _pin(gradients))
+            run = _accumulate(
+                apply, objective, state, fixed, frozen_rows, batch, key, _pin(gradients), guard.noise_scale > 0
+            )
             loss, grads, metrics, updates = run(trained)
             grad_norm = optim.global_norm(grads)
             counters, verdict = _judged(state["guard"], guard, loss, grad_norm)
@@ -98,6 +103,9 @@ def make_train_step(
                 state = state | {"opt": jax.device_put(state["opt"], jax.memory.Space.Device)}
             new, change = _updated(state, grads, updates, merge, tx, ema, keep)
             new["guard"] = counters
+            if guard.noise_scale:
+                new["guard"]["noise"], said = _metered(state, batch, guard, metrics, grad_norm, verdict)
+                metrics |= said
             if norms:
                 metrics |= _group_norms(norms, grads, state["params"], change)
         metrics |= {"loss": loss, "grad_norm": grad_norm} | verdict
@@ -136,9 +144,12 @@ def _mean(total: jax.Array, weight: jax.Array) -> jax.Array:
 
 def _accumulate(
     apply: Callable, objective: Objective, state: State, fixed: dict[str, Any],
-    rows_kept: Mapping[str, int], batch: Batch, key: jax.Array, pin: Callable,
+    rows_kept: Mapping[str, int], batch: Batch, key: jax.Array, pin: Callable, metered: bool,
 ) -> Callable[[dict[str, Any]], tuple]:  # fmt: skip
-    """trained parameters -> (loss, gradients, metrics, mean updates) of the whole batch."""
+    """trained parameters -> (loss, gradients, metrics, mean updates) of the whole batch.
+
+    metered: the metrics have "noise/micro", the mean square norm of the microbatches' own gradients.
+    """
     steps, rows = jax.tree.leaves(batch)[0].shape[:2]
     if steps > 1 and not objective.additive:
         raise InputError(
@@ -156,8 +167,12 @@ def _accumulate(
         return sum(shares.values()), (metrics, updates)
 
     def gradients(trained: dict[str, Any], a: jax.Array, part: Batch) -> tuple:
-        (loss, aux), grads = jax.value_and_grad(micro, has_aux=True)(trained, a, part)
-        return loss, pin(grads), *aux
+        (loss, (metrics, updates)), grads = jax.value_and_grad(micro, has_aux=True)(trained, a, part)
+        grads = pin(grads)
+        if metered and steps > 1:
+            # Gradients of microbatches are shares of the whole's mean: their own are `steps` times as large.
+            metrics = metrics | {"noise/micro": (jnp.square(steps * optim.global_norm(grads)), jnp.ones(()))}
+        return loss, grads, metrics, updates
 
     def run(trained: dict[str, Any]) -> tuple:
         def body(carry: tuple, x: tuple) -> tuple[tuple, None]:
@@ -227,6 +242,19 @@ def _judged(
     verdict = {"finite": finite, "skipped": left_out}
     verdict |= {"bad_streak": counters["bad_streak"], "skipped_total": counters["skipped"]}
     return counters, verdict
+
+
+def _metered(
+    state: State, batch: Batch, guard: Guard, metrics: StepMetrics, grad_norm: jax.Array, verdict: StepMetrics
+) -> tuple[jax.Array, StepMetrics]:
+    """(averages of the noise meter after this step, what the metrics say of it)."""
+    books, said = state["guard"]["noise"], {}
+    steps, rows = jax.tree.leaves(batch)[0].shape[:2]
+    if steps > 1:
+        found = noise.estimates(metrics.pop("noise/micro"), jnp.square(grad_norm), rows, steps)
+        books = noise.averaged(books, guard.noise_scale, found, verdict["finite"] & ~verdict["skipped"])
+        said = dict(zip(("noise/signal", "noise/trace"), found, strict=True))
+    return books, said | {"noise/scale": noise.scale(books)}
 
 
 def _group_norms(
