@@ -26,16 +26,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results" / "study_faults.json"
-PROCESSES, KILLS, CELLS, STEPS = 2, 5, 12, 2000
+PROCESSES, KILLS, CELLS, STEPS = 2, 5, 12, 1200
 KINDS = ("kill all", "kill the runner", "ask the runner")
 STUDY = """
 def get_study():
     return dict(
         name="faults", title="a study to be killed", source="none", seeds=(0, 1, 2), metric="validation/loss",
         base=dict(
-            steps=2000, batch_size=128, model=dict(name="linear"), objective=dict(name="classification"),
+            steps=1200, batch_size=128, model=dict(name="linear"), objective=dict(name="classification"),
             optimizer=dict(name="sgd", lr=0.1), schedule=dict(name="cosine"), data=dict(name="table", source="digits"),
-            eval=dict(batch_size=360, every=1000), checkpoint=dict(every=200), log=dict(every=200, tensorboard=False),
+            eval=dict(batch_size=360, every=600), checkpoint=dict(every=100), log=dict(every=100, tensorboard=False),
         ),
         grid={"optimizer.lr": (0.1, 0.5), "optimizer.name": ("sgd", "momentum")},
         mode="min", baseline="lr=0.1,name=sgd", budget_minutes=5,
@@ -74,9 +74,18 @@ def progress(workdir: Path) -> float:
     return steps / (CELLS * STEPS)
 
 
+def listens(pid: int) -> bool:
+    """Whether a process handles SIGTERM by now; while it still imports there is nothing to be stopped."""
+    try:
+        found = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    except OSError:
+        return False
+    return bool(int(found[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
 def broken(kind: str, runner: subprocess.Popen, workdir: Path, share: float) -> str:
     """Break the study once it has come so far; what went wrong with that, "" for nothing."""
-    while runner.poll() is None and progress(workdir) < share:
+    while runner.poll() is None and (progress(workdir) < share or not listens(runner.pid)):
         time.sleep(0.05)
     if runner.poll() is not None:
         return f"the study ended with {runner.returncode} before the kill"

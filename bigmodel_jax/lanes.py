@@ -68,7 +68,7 @@ class LanePrograms(Programs):
         self.exps = exps
         self.by = by or self._suited()
         devices = 1 if self.by == "turns" else math.gcd(len(exps), jax.device_count())
-        self.mesh = make_mesh({"data": devices}, jax.devices()[:devices])
+        self.mesh = make_mesh(devices=jax.devices()[:devices])
         self.place = replicated(self.mesh) if self.by == "turns" else batch_sharding(self.mesh, accumulated=False)
         self.batch_sharding = self.eval_sharding = self.place
         varied = {leaf: jax.ShapeDtypeStruct((), jnp.result_type(float)) for leaf in VARIED}
