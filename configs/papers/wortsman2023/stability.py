@@ -1,0 +1,83 @@
+"""QK-norm and z-loss at high learning rates: Wortsman et al. 2023 (arXiv:2309.14322), section 3.1, figures 1 to 3.
+
+    bigmodel study run configs/papers/wortsman2023/stability.py --workdir runs/stability --processes 2
+    bigmodel study report configs/papers/wortsman2023/stability.py --workdir runs/stability
+
+The paper sweeps the learning rate of decoders from 2.4M to 1.2B parameters on C4 and finds two instabilities at the
+high end: attention logits that grow, which QK-norm stops, and output logits that drift, which z-loss stops. Here:
+one decoder of four layers on Python's standard library, untied, at a rate where it trains best and at one sixteen
+times that. Runs that diverge count as worse than all that do not. The paper's numbers are curves, so none is put
+beside ours.
+"""
+
+from ml_collections import ConfigDict
+
+RATE, HIGH = 4e-3, 6.4e-2
+
+
+def get_study():
+    config = ConfigDict()
+    config.steps = 400
+    config.batch_size = 16
+    config.model = dict(
+        name="decoder", num_layers=4, embed_dim=96, num_heads=3, mlp_dim=384, max_length=128, positions="rotary",
+        bias=False, tied_embeddings=False,
+    )  # fmt: skip
+    config.objective = dict(name="causal_lm")
+    config.optimizer = dict(name="adamw", lr=RATE, b2=0.95, weight_decay=1e-4, clip=1.0)
+    config.schedule = dict(name="cosine", warmup=40)
+    config.data = dict(
+        name="text", corpus="stdlib", tokenizer="bpe", vocab_size=1024, length=128, validation_fraction=0.02
+    )
+    config.eval = dict(every=100, batch_size=64)
+    config.checkpoint = dict(every=0, keep_last=1)
+    config.guard = dict(limit=20)
+    config.log = dict(every=10, tensorboard=False)
+    high, norm, z_loss = {"optimizer.lr": HIGH}, {"model.qk_norm": True}, {"objective.z_loss": 1e-4}
+    return dict(
+        name="stability",
+        title="QK-norm and z-loss at high learning rates",
+        source="Wortsman et al. 2023 (arXiv:2309.14322), section 3.1, figures 1 to 3",
+        base=config,
+        variants={
+            "plain": {}, "qk-norm": norm, "plain, high rate": high, "qk-norm, high rate": high | norm,
+            "z-loss, high rate": high | z_loss, "both, high rate": high | norm | z_loss,
+        },
+        seeds=(0, 1, 2, 3, 4),
+        metric="validation/bits_per_byte",
+        mode="min",
+        baseline="plain",
+        claims=(
+            dict(better="qk-norm, high rate", worse="plain, high rate", text="QK-norm helps at a high rate"),
+            dict(better="z-loss, high rate", worse="plain, high rate", text="Z-loss helps at a high rate"),
+            dict(better="both, high rate", worse="qk-norm, high rate", text="Z-loss adds to QK-norm at a high rate"),
+            dict(
+                better="qk-norm", worse="plain", margin=-0.02,
+                text="At the best rate QK-norm costs nothing (within 0.02 bits per byte)",
+            ),
+        ),
+        full=full(),
+        budget_minutes=60,
+    )  # fmt: skip
+
+
+def full():
+    """The 1.2B model of the paper: 24 layers of width 2048, 131,072 tokens a batch for 100,000 steps, C4."""
+    config = ConfigDict()
+    config.steps = 100_000
+    config.batch_size = 256
+    config.model = dict(
+        name="decoder", vocab_size=32128, num_layers=24, embed_dim=2048, num_heads=32, mlp_dim=8192, max_length=512,
+        positions="rotary", bias=False, qk_norm=True, tied_embeddings=False, dtype="bfloat16", remat="minimal",
+    )  # fmt: skip
+    config.objective = dict(name="causal_lm", chunk=128, z_loss=1e-4)
+    config.optimizer = dict(name="adamw", lr=1e-2, b2=0.95, weight_decay=1e-4, clip=1.0)
+    config.schedule = dict(name="cosine", warmup=5000)
+    config.data = dict(
+        name="text", corpus="tfds:c4/en:train:text", tokenizer="bpe", vocab_size=32000, length=512,
+        validation_fraction=0.0005,
+    )  # fmt: skip
+    config.mesh = dict(data=1, fsdp=-1)
+    config.eval = dict(every=5000, batch_size=256, batches=64)
+    config.checkpoint = dict(every=1000)
+    return config
