@@ -24,7 +24,7 @@ def means(sums: Sums, coefficients: Mapping[str, float]) -> dict[str, float]:
     """{metric: sum / weight}, with "loss" the weighted sum of the objective's terms, and
     "perplexity" = exp(nll) where there is an nll in nats."""
     out = {name: total / weight if weight else math.nan for name, (total, weight) in sums.items()}
-    out["loss"] = sum(factor * out[term] for term, factor in coefficients.items())
+    out["loss"] = sum(factor * out[term] for term, factor in coefficients.items() if term in out)
     if "nll" in out:
         out["perplexity"] = math.exp(min(out["nll"], 700.0))
     return out

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from bigmodel_jax.data import images, spans
+from bigmodel_jax.data import images, sentences, spans
 from bigmodel_jax.data.answers import Spans
 from bigmodel_jax.data.instructions import Instructions
 from bigmodel_jax.data.labelled import LabelledText, MaskedTable
@@ -85,7 +85,11 @@ class Text:
         prepare(self.corpus, folder, progress=progress, rebuild=True, **recipe)
         return folder
 
-    def transforms(self, tokenizer: Any) -> tuple[Any, ...]:
+    def stored_length(self) -> int:
+        """Tokens of text in a row."""
+        return self.length
+
+    def transforms(self, tokenizer: Any, source: TokenShards) -> tuple[Any, ...]:
         cut = (Documents(tokenizer.eos),) if self.segments and self.mode == "stream" else ()
         return (*cut, TargetBytes(tokenizer.byte_lengths()))
 
@@ -95,31 +99,32 @@ class Text:
         if self.eval_lengths and type(self) is not Text:
             raise InputError("data.eval_lengths is of data 'text' alone: other rows are not cut to any length")
         folder = self.directory(progress)
-        train = TokenShards(folder, "train", self.length, self.mode)
+        train = TokenShards(folder, "train", self.stored_length(), self.mode)
         tokenizer = load_tokenizer(folder)
-        transforms = self.transforms(tokenizer)
         evals = {}
-        lengths = {"validation": self.length} | {f"validation_{n}": n for n in self.eval_lengths}
+        lengths = {"validation": self.stored_length()} | {f"validation_{n}": n for n in self.eval_lengths}
         for name, length in lengths.items() if "validation" in train.meta["splits"] else ():
             held_out = TokenShards(folder, "validation", length, self.mode)
-            evals[name] = Pipeline(held_out, eval_batch_size, seed, transforms, shuffle=False)
+            asked = self.transforms(tokenizer, held_out)
+            evals[name] = Pipeline(held_out, eval_batch_size, seed, asked, shuffle=False)
         return Loaded(
-            Pipeline(train, ramp(batch_size), seed, transforms, block=self.block), evals,
+            Pipeline(train, ramp(batch_size), seed, self.transforms(tokenizer, train), block=self.block), evals,
             tokenizer=tokenizer, vocab_size=tokenizer.vocab_size,
         )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class MaskedText(Text):
-    """Rows of tokens for a masked LM (BERT's 80/10/10).
+    """Rows of tokens for a masked LM.
 
     rate: share of tokens to predict. whole_words: mask words, not pieces. static: the same masks
-    in every epoch.
+    in every epoch. replace: shares of those tokens that become the mask, and a random token; the others stay.
     """
 
     rate: float = 0.15
     whole_words: bool = False
     static: bool = False
+    replace: tuple = (0.8, 0.1)
 
     def slots(self) -> int:
         """Masked positions a row can hold: the rate, and room for a last long word."""
@@ -130,16 +135,40 @@ class MaskedText(Text):
         fields = {"tokens": row, "segments": row, "masked_positions": slots, "masked_targets": slots}
         return fields | self._document_fields() | {"masked_weights": ((self.slots(),), "float32")}
 
-    def transforms(self, tokenizer: Any) -> tuple[Any, ...]:
+    def transforms(self, tokenizer: Any, source: TokenShards) -> tuple[Any, ...]:
         if tokenizer.mask is None:
             raise InputError("masked LM needs a tokenizer with a mask token; prepare the corpus with this version")
         cut = (Documents(tokenizer.eos),) if self.segments and self.mode == "stream" else ()
         words = tokenizer.starts_word() if self.whole_words else None
         special = tuple(int(i) for i in np.flatnonzero(tokenizer.special()))
         mask = MaskTokens(
-            tokenizer.vocab_size, tokenizer.mask, special, self.rate, self.slots(), words, self.static
-        )
+            tokenizer.vocab_size, tokenizer.mask, special, self.rate, self.slots(), words, self.static,
+            self.replace,
+        )  # fmt: skip
         return (*cut, mask)
+
+
+@dataclass(frozen=True)
+class MaskedPairs(MaskedText):
+    """Two spans of text in a row, masked, and whether the second follows the first (BERT), in stream mode.
+
+    Leaves as in MaskedText. A row of `length` has two spans of about (length - 3) / 2 tokens. A model with
+    token_types=2, pooler and nsp learns to tell; without them the question is not asked.
+    """
+
+    def stored_length(self) -> int:
+        return self.length - sentences.EXTRA
+
+    def spec(self) -> Spec:
+        row, one = ((self.length,), "int32"), ((), "int32")
+        pair = {"segments": row, "token_types": row, "random": one, "pair_weights": ((), "float32")}
+        return super().spec() | pair
+
+    def transforms(self, tokenizer: Any, source: TokenShards) -> tuple[Any, ...]:
+        if self.segments or self.mode != "stream":
+            raise InputError("data.mode of masked_pairs is stream, and segments False: a row is two spans of one text")
+        pairs = sentences.NextSpan(source, tokenizer.eos, self.static)
+        return (pairs, *super().transforms(tokenizer, source))
 
 
 @dataclass(frozen=True)
@@ -159,7 +188,7 @@ class SpanText(Text):
         fields = {"source": source, "source_segments": source, "tokens": target, "targets": target}
         return fields | {"weights": (target[0], "float32")}
 
-    def transforms(self, tokenizer: Any) -> tuple[Any, ...]:
+    def transforms(self, tokenizer: Any, source: TokenShards) -> tuple[Any, ...]:
         if self.segments or self.mode != "stream":
             raise InputError("data.mode of span_text is stream, and segments False: rows are cut from the whole text")
         return (
@@ -323,6 +352,7 @@ DATASETS: dict[str, Any] = {
     "none": NoData,
     "text": Text,
     "masked_text": MaskedText,
+    "masked_pairs": MaskedPairs,
     "digits": Digits,
     "mnist5k": Mnist5k,
     "tfds_images": TfdsImages,

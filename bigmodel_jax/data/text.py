@@ -72,7 +72,7 @@ class MaskTokens:
     """Masked-LM inputs (Devlin et al. 2019, section 3.1; whole words as in their later release).
 
     Of the n maskable tokens of a row, round(rate * n) are chosen (at least one), up to P slots. A chosen
-    token becomes `mask` 8 times in 10, a random ordinary token once in 10, and stays once in 10.
+    token becomes `mask` 8 times in 10, a random ordinary token once in 10, and stays once in 10 (`replace`).
 
     Attributes:
       vocab_size: ids below it are tokens.
@@ -84,6 +84,7 @@ class MaskTokens:
         count is reached is taken with the probability that keeps the expected share at `rate`; a word
         that does not fit the slots is left, so a row of long words may get none.
       static: the same tokens every epoch (drawn by example) instead of new ones (by position).
+      replace: shares of the chosen that become `mask`, and that become a random token; the others stay.
 
     Gives tokens [B, L] int32, segments [B, L] int32 (kept, or 1 where weight > 0), masked_positions and
     masked_targets [B, P] int32, masked_weights [B, P] f32; unused slots are 0. Drops targets and weights.
@@ -96,8 +97,12 @@ class MaskTokens:
     slots: int = 0
     word_start: np.ndarray | None = None
     static: bool = False
+    replace: tuple[float, float] = (0.8, 0.1)
 
     def __post_init__(self) -> None:
+        shares = tuple(self.replace)
+        if len(shares) != 2 or min(shares) < 0 or sum(shares) > 1 + 1e-9:
+            raise InputError(f"masking: replace {self.replace} should be two shares, masked and random, of at most 1")
         ids = (self.mask, *self.special)
         if not 0 < self.rate < 1 or self.slots < 0 or not all(0 <= i < self.vocab_size for i in ids):
             raise InputError(
@@ -136,7 +141,8 @@ class MaskTokens:
         targets = np.where(used, np.take_along_axis(tokens, places, 1), 0)
         draw = rng.uniform(length, salt="replace")
         other = self._ordinary[rng.integers(len(self._ordinary), length, salt="token")]
-        replaced = np.where(draw < 0.8, np.int32(self.mask), np.where(draw < 0.9, other, tokens))
+        masked, random = self.replace
+        replaced = np.where(draw < masked, np.int32(self.mask), np.where(draw < masked + random, other, tokens))
         kept = {k: v for k, v in batch.items() if k not in ("targets", "weights", "bytes")}
         return {
             **kept, "tokens": np.where(chosen, replaced, tokens), "segments": segments,

@@ -136,11 +136,15 @@ def masked_lm(
 
     Hidden states are gathered at the P masked positions before the head, so that the vocabulary
     matmul runs over 15% of the tokens. Args: as in `causal_lm`.
+
+    A model that answers whether one span follows another (Output.extra["nsp"]) has that as a second term, with
+    random [B] (1 where not) and pair_weights [B]; metrics nsp and nsp_accuracy.
     """
     router = RouterLosses(balance_loss, router_z_loss)
 
     def weights(batch: Batch) -> Terms:
-        return {"loss": _wide_sum(batch["masked_weights"])} | router.weights(batch, batch["masked_weights"])
+        terms = {"loss": _wide_sum(batch["masked_weights"])} | router.weights(batch, batch["masked_weights"])
+        return terms | ({"nsp": _wide_sum(batch["pair_weights"])} if "random" in batch else {})
 
     def sums(
         apply: Callable, variables: Any, batch: Batch, rngs: Any = None, train: bool = True
@@ -154,7 +158,14 @@ def masked_lm(
             chunk=chunk, z_loss=z_loss, label_smoothing=label_smoothing,
         )  # fmt: skip
         routed, more = router.sums(out.extra, w)
-        return {"loss": loss} | routed, _token_metrics(aux, _wide_sum(w)) | more, out.updates
+        terms, metrics = {"loss": loss} | routed, _token_metrics(aux, _wide_sum(w)) | more
+        if "random" in batch and "nsp" in out.extra:
+            follows, asked = out.extra["nsp"], batch["pair_weights"]
+            nats = -jnp.take_along_axis(jax.nn.log_softmax(follows), batch["random"][:, None], axis=1)[:, 0]
+            right = jnp.argmax(follows, axis=1) == batch["random"]
+            terms["nsp"] = jnp.sum(nats * asked)
+            metrics["nsp_accuracy"] = (jnp.sum(right * asked), _wide_sum(asked))
+        return terms, metrics, out.updates
 
     def records(apply: Callable, variables: Any, batch: Batch) -> dict[str, jax.Array]:
         inputs = _inputs(batch, "tokens", "segments", "positions", "token_types")
@@ -162,7 +173,7 @@ def masked_lm(
         hidden = jnp.take_along_axis(out.hidden, batch["masked_positions"][..., None], axis=1)
         return token_records(hidden, out.head, batch["masked_targets"], batch["masked_weights"], chunk=chunk)
 
-    return Objective(weights, sums, {"loss": 1.0} | router.coefficients, records=records)
+    return Objective(weights, sums, {"loss": 1.0, "nsp": 1.0} | router.coefficients, records=records)
 
 
 def seq2seq(chunk: int = 0, z_loss: float = 0.0, label_smoothing: float = 0.0) -> Objective:
