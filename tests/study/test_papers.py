@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,16 +15,19 @@ PAPERS = Path(__file__).resolve().parents[2] / "configs" / "papers"
 FILES = sorted(PAPERS.glob("*/*.py"))
 
 
+read = cache(lambda path: spec.read(str(path)))
+
+
 @pytest.fixture(params=FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def study(request):
-    return spec.read(str(request.param))
+    return read(request.param)
 
 
 def test_there_are_studies():
     assert {path.parent.name for path in FILES} >= {
         "he2016", "xiong2020", "shazeer2020", "press2022", "loshchilov2019", "wu2018", "optimizers"
     }  # fmt: skip
-    names = [spec.read(str(path)).name for path in FILES]
+    names = [read(path).name for path in FILES]
     assert len(set(names)) == len(names), "results/studies has one file per name"
 
 
