@@ -32,9 +32,56 @@ def grouped(x: jax.Array, ids: jax.Array, weights: Sequence[jax.Array], act: Act
     """
     slot, back, sizes = routing.sorted_places(ids, weights[0].shape[0])
     x = routing.permute(x[None], back[None], slot[None])[0]
-    h = [jax.lax.ragged_dot(x, weight, sizes) for weight in weights[:-1]]
-    y = jax.lax.ragged_dot(act(*([None] * (2 - len(h)) + h)), weights[-1], sizes)
+    h = [product(x, weight, sizes) for weight in weights[:-1]]
+    y = product(act(*([None] * (2 - len(h)) + h)), weights[-1], sizes)
     return routing.permute(y[None], slot[None], back[None])[0]
+
+
+def _batched(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """fn under any number of vmaps: batches of one are taken off, others become one batch.
+
+    XLA has kernels for grouped products without a batch, and jax (0.10 to 0.12) cannot batch one twice.
+    """
+    one, many = jax.custom_batching.custom_vmap(fn), jax.custom_batching.custom_vmap(jax.vmap(fn))
+
+    def whole(size: int, batched: Sequence[bool], args: Sequence[jax.Array]) -> list[jax.Array]:
+        return [x if own else jnp.broadcast_to(x, (size, *x.shape)) for x, own in zip(args, batched, strict=True)]
+
+    @one.def_vmap
+    def _(size, batched, *args):
+        args = whole(size, batched, args)
+        return (one(*(x[0] for x in args))[None] if size == 1 else many(*args)), True
+
+    @many.def_vmap
+    def _(size, batched, *args):
+        args = whole(size, batched, args)
+        y = many(*(x.reshape(-1, *x.shape[2:]) for x in args))
+        return y.reshape(size, -1, *y.shape[1:]), True
+
+    return one
+
+
+_TO_WEIGHTS = jax.lax.RaggedDotDimensionNumbers((([0], [0]), ([], [])), [0], [])
+_product = _batched(lambda x, w, sizes: jax.lax.ragged_dot(x, w, sizes))
+_gradient = _batched(lambda x, g, sizes: jax.lax.ragged_dot_general(x, g, sizes, _TO_WEIGHTS))
+
+
+@jax.custom_vjp
+def product(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+    """x [n, D], the first sizes[0] rows times w[0], the next sizes[1] times w[1], ...; w [E, D, F], sizes [E]."""
+    return _product(x, w, sizes)
+
+
+def _product_forward(x, w, sizes):
+    return _product(x, w, sizes), (x, w, sizes)
+
+
+def _product_backward(saved, g):
+    x, w, sizes = saved
+    return _product(g, jnp.swapaxes(w, 1, 2), sizes), _gradient(x, g, sizes), None
+
+
+product.defvjp(_product_forward, _product_backward)
 
 
 def dispatched(

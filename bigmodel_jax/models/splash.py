@@ -36,11 +36,11 @@ def splash(
     if layout is None or layout.mesh.size == 1:
         return local(q, k, v, segments)
     mesh = layout.mesh
-    heads = rules.spec(_HEADS, q.shape, mesh)
-    if rules.spec(_HEADS, k.shape, mesh) != heads:
+    heads = rules.spec(_HEADS, q.shape, mesh, layout.rules)
+    if rules.spec(_HEADS, k.shape, mesh, layout.rules) != heads:
         # Fewer groups than head shards: give every head its own copy of its group.
         k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
-    rows = rules.spec(("batch", None), q.shape[:2], mesh)
+    rows = rules.spec(("batch", None), q.shape[:2], mesh, layout.rules)
     return jax.shard_map(
         local,
         mesh=mesh,

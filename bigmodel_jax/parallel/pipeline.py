@@ -7,7 +7,7 @@ the stage axis; a tick applies every stage to its row of the buffer (`jax.vmap`)
 which the compiler makes a collective-permute. The backward pass is that loop in reverse.
 
 Letters: S stages, M microbatches (a multiple of S), R pieces of the stack on each stage, N layers, n = N / (R S) of
-a piece, B rows, D batch shards, T ticks.
+a piece, B rows, G groups of batch shards, T ticks.
 
     tick t, stage s: turn t - s; turn r M + m is microbatch m in piece r S + s of the stack
     T = R M + S - 1, of which each stage idles for S - 1: a share of (S - 1) / (R M + S - 1)
@@ -26,7 +26,6 @@ With ZeRO-3 a tick gathers its layers' weights over the fsdp axes anew, T times 
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bigmodel_jax.parallel.mesh import BATCH_AXES, batch_shards
-from bigmodel_jax.parallel.rules import Layout, active
+from bigmodel_jax.parallel.rules import ROW_AXES, Layout, active, use
 
 AXIS = "stage"
 
@@ -107,36 +106,65 @@ def run(
     Returns:
       (x [B, ...], by row [N, B, ...], by microbatch [N, ...] as the mean over microbatches).
     """
-    layout = active()
-    rows = _Rows(layout, plan, x.shape[0])
+    rows = _Rows(active(), plan, x.shape[0])
     leaves, structure = jax.tree.flatten(context)
     moving = [i for i, leaf in enumerate(leaves) if leaf.shape[:1] == x.shape[:1]]
     given = [x, *(leaves[i] for i in moving)]
+    shared = [leaf for i, leaf in enumerate(leaves) if i not in moving]
 
-    def stage(piece: Any, values: list[jax.Array]) -> tuple[list[jax.Array], Any]:
+    def layer(layer_leaves: Any, values: list[jax.Array], shared: list[jax.Array]) -> tuple[jax.Array, Any, Any]:
         y, *own = [_typed(value, like) for value, like in zip(values, given, strict=True)]
-        filled = list(leaves)
-        for i, value in zip(moving, own, strict=True):
-            filled[i] = value
-        told = jax.tree.unflatten(structure, filled)
+        rest = iter(shared)
+        told = jax.tree.unflatten(structure, [own.pop(0) if i in moving else next(rest) for i in range(len(leaves))])
+        return apply(layer_leaves, y, told)
 
-        def layer(y: jax.Array, layer_leaves: Any) -> tuple[jax.Array, Any]:
-            y, *said = apply(jax.tree.map(rows.apart, layer_leaves), y, told)
+    each = jax.vmap(jax.vmap(layer, spmd_axis_name=rows.apart or None), spmd_axis_name=AXIS)
+    each = _under(rows.layout.within(rows.apart), each)
+    pieces, shared = jax.tree.map(rows.dealt, stacked), [rows.everywhere(leaf) for leaf in shared]
+
+    def work(turn: jax.Array, values: list[jax.Array]) -> tuple[list[jax.Array], Any]:
+        """All stages apply the piece of their turn to their rows."""
+
+        def one(y: jax.Array, layer_leaves: Any) -> tuple[jax.Array, Any]:
+            y, *said = each(layer_leaves, [y, *values[1:]], shared)
             return y, tuple(said)
 
-        y, said = jax.lax.scan(layer, y, piece, unroll=unroll)
+        piece = jax.tree.map(lambda leaf: _chosen(leaf, turn), pieces)
+        y, said = jax.lax.scan(one, values[0], piece, unroll=min(unroll, jax.tree.leaves(piece)[0].shape[0]))
         return [y, *values[1:]], said
 
-    pieces = jax.tree.map(rows.dealt, stacked)
-    values = [rows.cut(_plain(leaf)) for leaf in given]
-    y, said = _loop(jax.vmap(stage, spmd_axis_name=AXIS), pieces, values, plan, rows)
+    if plan.repeats > 1:
+        # Or every tick would keep the weights that it took, for the backward pass.
+        work = jax.checkpoint(work, policy=_all_but_taken_from(pieces), prevent_cse=False)
+    y, said = _loop(work, [rows.cut(_plain(leaf)) for leaf in given], plan, rows)
     by_row, by_batch = jax.tree.map(rows.collected, said)
-    by_batch = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=1).astype(leaf.dtype), by_batch)
-    return rows.joined(y), jax.tree.map(rows.ordered, by_row), by_batch
+    by_batch = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=(1, 2)).astype(leaf.dtype), by_batch)
+    y = rows.ordered(y.reshape(1, plan.microbatches, *y.shape[2:]))[0]
+    return rows.spread(y), jax.tree.map(rows.ordered, by_row), by_batch
 
 
-def _loop(stages: Callable, pieces: Any, values: list, plan: Schedule, rows: _Rows) -> tuple[jax.Array, Any]:
-    """All ticks: (x as a stream [S, M / S, ...] in its first order, what was said in each tick [T, S, n, ...]).
+def _under(layout: Layout, fn: Callable) -> Callable:
+    """fn with `layout` active, also where its gradient is made, which is long after `fn` has returned."""
+
+    @jax.custom_vjp
+    def run(*args: Any) -> Any:
+        with use(layout):
+            return fn(*args)
+
+    def forward(*args: Any) -> tuple[Any, Callable]:
+        with use(layout):
+            return jax.vjp(fn, *args)
+
+    def backward(pull: Callable, cotangent: Any) -> Any:
+        with use(layout):
+            return pull(cotangent)
+
+    run.defvjp(forward, backward)
+    return run
+
+
+def _loop(work: Callable, values: list, plan: Schedule, rows: _Rows) -> tuple[jax.Array, Any]:
+    """All ticks: (x as a stream [S, M / S, ...] in its first order, what was said in each tick [T, n, S, ...]).
 
     A microbatch waits M - S ticks between its rounds: as long as a buffer of M / S - 1 columns takes to move it
     over S stages.
@@ -165,7 +193,7 @@ def _loop(stages: Callable, pieces: Any, values: list, plan: Schedule, rows: _Ro
         entering = at_stage(jnp.where(t < plan.microbatches, 0, -1), read(stream, t % columns), state)
         state = [rows.pinned(values, 1) for values in entering]
         turn = jnp.clip((t - number) // plan.microbatches, 0, plan.repeats - 1)
-        done, said = stages(jax.tree.map(lambda leaf: _chosen(leaf, turn), pieces), state)
+        done, said = work(turn, state)
         stream = moved(stream, t % columns, done)
         state = [jnp.roll(values, 1, axis=0) for values in done]
         if held:
@@ -181,11 +209,17 @@ def _loop(stages: Callable, pieces: Any, values: list, plan: Schedule, rows: _Ro
 
 
 def _chosen(leaf: jax.Array, turn: jax.Array) -> jax.Array:
-    """leaf [S, R, ...] at `turn` [S] of each stage: [S, ...]."""
-    if leaf.shape[1] == 1:
-        return leaf[:, 0]
-    read = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
-    return jax.vmap(read, spmd_axis_name=AXIS)(leaf, turn)
+    """leaf [R, n, S, G, ...] at `turn` [S] of each stage: [n, S, G, ...]."""
+    if leaf.shape[0] == 1:
+        return leaf[0]
+    return jnp.take_along_axis(leaf, turn.reshape(1, 1, -1, *[1] * (leaf.ndim - 3)), axis=0)[0]
+
+
+def _all_but_taken_from(pieces: Any) -> Callable[..., bool]:
+    """A remat policy: keep everything but what `_chosen` reads."""
+    all_turns = {leaf.shape for leaf in jax.tree.leaves(pieces)}
+    steps = {"gather": all_turns, "squeeze": {(1, *rest) for _, *rest in all_turns}}
+    return lambda primitive, *read, **_: primitive.name not in steps or read[0].shape not in steps[primitive.name]
 
 
 def _is_key(x: jax.Array) -> bool:
@@ -209,57 +243,72 @@ class _Rows:
     plan: Schedule
     number: int
 
-    def pinned(self, x: jax.Array, front: int) -> jax.Array:
-        """x [S, ..., rows, ...] with `front` dimensions before its rows; what follows them stays free."""
-        mesh = self.layout.mesh
-        batch = tuple(axis for axis in BATCH_AXES if mesh.shape[axis] > 1)
-        free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - front - 1)
-        placed = PartitionSpec(AXIS, *[None] * (front - 1), batch or None, *free)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, placed))
+    def axes(self, among: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(axis for axis in among if self.layout.size(axis) > 1)
 
-    def apart(self, x: jax.Array) -> jax.Array:
-        """A layer's leaf inside a stage, which is another one on each: so that its gradient is not summed over them."""
-        free = PartitionSpec(*[PartitionSpec.UNCONSTRAINED] * x.ndim)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.layout.mesh, free))
+    @property
+    def apart(self) -> tuple[str, ...]:
+        """Mesh axes on which weights are whole: their G groups of batch shards work apart."""
+        return self.axes(("data", "fsdp") if self.layout.zero == 1 else ("data",))
+
+    @property
+    def groups(self) -> int:
+        return math.prod(self.layout.size(axis) for axis in self.apart)
+
+    def placed(self, x: jax.Array, *axes: Any) -> jax.Array:
+        """x with its first dimensions pinned; the others stay free."""
+        free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - len(axes))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.layout.mesh, PartitionSpec(*axes, *free)))
+
+    def pinned(self, x: jax.Array, front: int) -> jax.Array:
+        """x [S, ..., G, rows, ...] with `front` dimensions before G."""
+        together = tuple(axis for axis in self.axes(BATCH_AXES) if axis not in self.apart)
+        return self.placed(x, AXIS, *[None] * (front - 1), self.apart or None, together or None)
+
+    def spread(self, x: jax.Array) -> jax.Array:
+        """x [B, ...] with its rows cut over the stages as well."""
+        return self.placed(x, self.axes(ROW_AXES))
 
     def cut(self, x: jax.Array) -> jax.Array:
-        """[B, ...] -> [S, M / S, B / M, ...]: microbatch s M / S + j is row (s, j)."""
+        """[B, ...] -> [S, M / S, G, B / (M G), ...]: microbatch s M / S + j is (s, j)."""
         shards, (s, m) = batch_shards(self.layout.mesh), (self.plan.stages, self.plan.microbatches)
-        x = x.reshape(shards, s, m // s, -1, *x.shape[1:])
-        return self.pinned(jnp.moveaxis(x, 0, 2).reshape(s, m // s, self.number // m, *x.shape[4:]), 2)
+        x = jnp.moveaxis(x.reshape(shards, s, m // s, -1, *x.shape[1:]), 0, 2)
+        return self.pinned(x.reshape(s, m // s, self.groups, -1, *x.shape[4:]), 2)
 
     def ordered(self, x: jax.Array) -> jax.Array:
-        """[N, M, B / M, ...] -> [N, B, ...]: `cut` undone."""
-        shards = batch_shards(self.layout.mesh)
-        x = x.reshape(x.shape[0], x.shape[1], shards, -1, *x.shape[3:])
+        """[N, M, G, B / (M G), ...] -> [N, B, ...]: `cut` undone."""
+        x = x.reshape(*x.shape[:2], batch_shards(self.layout.mesh), -1, *x.shape[4:])
         return jnp.moveaxis(x, 2, 1).reshape(x.shape[0], self.number, *x.shape[4:])
 
-    def joined(self, x: jax.Array) -> jax.Array:
-        """[S, M / S, B / M, ...] -> [B, ...], rows cut over the stages as well."""
-        mesh = self.layout.mesh
-        axes = tuple(axis for axis in (*BATCH_AXES, AXIS) if mesh.shape[axis] > 1)
-        x = self.ordered(x.reshape(1, -1, *x.shape[2:]))[0]
-        free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(axes, *free)))
-
     def collected(self, x: jax.Array) -> jax.Array:
-        """What was said in each tick, [T, S, n, ...], as [N, M, ...]: idle ticks left out."""
+        """What was said in each tick, [T, n, S, G, ...], as [N, M, G, ...]: idle ticks left out."""
         s, m, r = self.plan.stages, self.plan.microbatches, self.plan.repeats
         own = jax.vmap(
-            lambda said, first: jax.lax.dynamic_slice_in_dim(said, first, r * m), (1, 0), spmd_axis_name=AXIS
+            lambda said, first: jax.lax.dynamic_slice_in_dim(said, first, r * m), (2, 0), spmd_axis_name=AXIS
         )(x, jnp.arange(s))
-        own = jnp.moveaxis(own.reshape(s, r, m, *own.shape[2:]), (1, 0, 3, 2), (0, 1, 2, 3))
+        own = jnp.moveaxis(own.reshape(s, r, m, *own.shape[2:]), (1, 0, 3, 2), range(4))
         return own.reshape(-1, *own.shape[3:])
 
     def dealt(self, x: jax.Array) -> jax.Array:
-        """Leaves [N, ...] of a stack, N / S layers on each stage, as [S, R, n, ...]: the pieces of each stage."""
+        """Leaves [N, ...] of a stack, N / S layers on each stage, as [R, n, S, G, ...]: the pieces of each stage."""
         s, r = self.plan.stages, self.plan.repeats
         x = x.reshape(s * r, -1, *x.shape[1:])
         if r > 1:
             x = _dealt(x, s, r, self.layout.mesh)
-        x = x.reshape(s, r, *x.shape[1:])
-        free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.layout.mesh, PartitionSpec(AXIS, *free)))
+        return self.copied(jnp.moveaxis(x.reshape(s, r, *x.shape[1:]), 0, 2), front=2)
+
+    def everywhere(self, x: jax.Array) -> jax.Array:
+        """A copy of x for each stage and group, [S, G, ...]."""
+        return self.copied(jnp.broadcast_to(x, (self.plan.stages, *x.shape)), front=0)
+
+    def copied(self, x: jax.Array, front: int) -> jax.Array:
+        """A copy of x [..., S, ...] for each group, [..., S, G, ...], with `front` dimensions before S.
+
+        Its gradient stays where it is made until it is summed over the copies, once, after all ticks.
+        """
+        copies = (*x.shape[: front + 1], self.groups, *x.shape[front + 1 :])
+        x = jnp.broadcast_to(jnp.expand_dims(x, front + 1), copies)
+        return self.placed(x, *[None] * front, AXIS, self.apart or None)
 
 
 def rounds(s: int, r: int) -> list[list[int]]:
