@@ -95,6 +95,25 @@ def _only_sliced(where: Computation, instruction: Instruction) -> bool:
     return all(u.opcode == "dynamic-slice" or (u.opcode in PASS_ON and _only_sliced(where, u)) for u in users)
 
 
+def is_padded_gather(module: Module, where: Computation, instruction: Instruction) -> bool:
+    """Whether an all-reduce stands for a gather: every device adds its piece to zeros. TPU writes small shards so."""
+    found = where.instructions[instruction.operands[0]] if instruction.operands else instruction
+    outer, given = where, ()
+    while found.opcode in (*PASS_ON, "fusion") and found.operands:
+        if found.opcode == "fusion":
+            outer, given, where = where, found.operands, module.computations[found.calls()[0]]
+            found = where.root
+        else:
+            found = where.instructions[found.operands[0]]
+    if found.opcode != "dynamic-update-slice":
+        return False
+    base = where.instructions[found.operands[0]]
+    if base.opcode == "parameter" and given:
+        where, base = outer, outer.instructions[given[int(base.literal)]]
+    value = where.instructions[base.operands[0]] if base.opcode == "broadcast" else base
+    return value.opcode == "constant" and value.literal.strip() in ("0", "-0", "false")
+
+
 def device_groups(module: Module, instruction: Instruction) -> np.ndarray:
     """Devices that talk to each other, [groups, members]; pairs of a permute are groups of two.
 

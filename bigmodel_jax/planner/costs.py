@@ -100,6 +100,8 @@ def costs(module: Module, mesh: Mapping[str, int]) -> Costs:
     """
     walk = _Walk(module, dict(mesh))
     walk.computation(module.computations[module.entry], 1.0)
+    if walk.padded:
+        walk.notes.append(f"gathers of {walk.padded / 1e9:.3g} GB are written as sums of shards padded with zeros")
     return Costs(tuple(walk.ops), tuple(walk.collectives), dict(walk.unknown), tuple(dict.fromkeys(walk.notes)))
 
 
@@ -110,6 +112,7 @@ class _Walk:
         self.collectives: list[Collective] = []
         self.unknown: dict[str, float] = defaultdict(float)
         self.notes: list[str] = []
+        self.padded = 0.0
 
     def computation(self, where: Computation, times: float) -> None:
         channels: set[str] = set()
@@ -146,6 +149,7 @@ class _Walk:
         self.ops += worst.ops
         self.collectives += worst.collectives
         self.notes += worst.notes
+        self.padded += worst.padded
         for name, runs in worst.unknown.items():
             self.unknown[name] += runs
 
@@ -178,6 +182,8 @@ class _Walk:
         found = collectives.read(self.module, where, instruction, self.mesh, fused, times)
         if found is not None:
             self.collectives.append(found)
+            if found.kind == "all-reduce" and collectives.is_padded_gather(self.module, where, instruction):
+                self.padded += found.payload_bytes
         if instruction.opcode.startswith("ragged"):
             self.notes.append(f"{instruction.name}: payload is the whole buffer, the most that can be sent")
 

@@ -143,4 +143,19 @@ def test_measured_rates_are_plausible_and_say_how():
 
     found = here._rate(here.CLOCKS["cpu"], 2, *here._products(256, "float32"))
     assert 1e8 < found < 1e14 and math.isfinite(found)
-    assert here.fingerprint() == here.fingerprint()
+
+
+def test_a_machine_is_measured_once(monkeypatch, tmp_path):
+    from bigmodel_jax.planner import here
+
+    monkeypatch.setenv("BIGMODEL_CACHE", str(tmp_path))
+    made = []
+
+    def measure(clock):
+        made.append(clock)
+        return Chip("here", "cpu", {"float32": float(len(made))})
+
+    monkeypatch.setattr(here, "measure", measure)
+    first = here.here()
+    assert here.here() == first and made == ["wall"] and first.peaks == {"float32": 1.0}
+    assert here.here("cpu") != first and here.here(again=True) != first and made == ["wall", "cpu", "wall"]

@@ -133,6 +133,18 @@ def test_permutes_and_all_to_alls():
         costs(module, {"a": 2, "c": 2})
 
 
+def test_a_gather_written_as_a_sum_of_zero_padded_shards_is_named():
+    def module(zero):
+        return program(
+            "  %p = f32[4]{0} parameter(0)", "  %i = s32[] parameter(1)", f"  %z = f32[] constant({zero})",
+            "  %b = f32[32]{0} broadcast(%z), dimensions={}", "  %u = f32[32]{0} dynamic-update-slice(%b, %p, %i)",
+            "  ROOT %r = f32[32]{0} all-reduce(%u), channel_id=1, replica_groups={}, use_global_device_ids=true",
+        )  # fmt: skip
+
+    assert "padded with zeros" in costs(module("0"), {"a": 8}).notes[0]
+    assert costs(module("1"), {"a": 8}).notes == ()
+
+
 def test_products_that_are_library_calls_and_convolutions_that_are_products():
     gemm = '{"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}'
     module = program(
