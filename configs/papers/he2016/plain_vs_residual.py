@@ -3,9 +3,9 @@
     bigmodel study run configs/papers/he2016/plain_vs_residual.py --workdir runs/plain_vs_residual --processes 2
     bigmodel train --config configs/papers/he2016/plain_vs_residual.py:residual44 --workdir runs/residual44
 
-The paper trains depths 20 to 110 for 64,000 steps on CIFAR-10. Here: the same networks, two thirds as wide as
-there (and thinner at full size), on 8x8 digits, 300 steps. What must carry over is the direction of the effect, on the
-training set as much as on the held-out one: plain networks get worse with depth, residual ones do not.
+The paper trains depths 20 to 110 for 64,000 steps on CIFAR-10. Here: the same networks at half the width, depths 8,
+20 and 44, on 8x8 digits for 300 steps: 10 to 40 s of CPU time a cell. What must carry over is the direction of the
+effect: plain networks get worse with depth, residual ones do not.
 """
 
 from ml_collections import ConfigDict
