@@ -15,7 +15,7 @@ from bigmodel_jax.data.loaded import Loaded, Progress, Spec, ramp
 from bigmodel_jax.data.pipeline import Pipeline
 from bigmodel_jax.data.sources import Arrays
 from bigmodel_jax.data.tables import Table
-from bigmodel_jax.data.text import MaskTokens
+from bigmodel_jax.data.text import MaskTokens, NextToken, TargetBytes
 from bigmodel_jax.data.tokenizer import Bytes, load_tokenizer, train_tokenizer
 from bigmodel_jax.errors import InputError
 
@@ -237,17 +237,36 @@ class LabelledText(Rows):
         return {"text": texts} | ({"group": table.column(self.group)} if self.group else {})
 
 
+    def unlabelled(self, length: int) -> tuple[Any, dict[str, Arrays], dict[str, Any]]:
+        """(tokenizer, tokens and segments [n, length] by split, report) of the texts alone, the test split left out."""
+        found, _, report = self.tables()
+        tokenizer = open_tokenizer(self.tokenizer, found["train"].texts(self.text), self.vocab_size)
+        frame, room, sources = Frame.of(tokenizer), length - 2, {}
+        for split in found.keys() - {"test"}:
+            texts = tokenizer.encode_batch(found[split].texts(self.text))
+            parts = [ids[at : at + room] for ids in texts for at in range(0, max(len(ids), 1), room)]
+            tokens = np.full((len(parts), length), frame.pad, np.int32)
+            for row, part in enumerate(parts):
+                tokens[row, : len(part) + 2] = [frame.start, *part, frame.end]
+            used = np.array([len(part) + 2 for part in parts])
+            sources[split] = Arrays(
+                {"tokens": tokens, "segments": (np.arange(length) < used[:, None]).astype(np.int32)}
+            )
+        return tokenizer, sources, report
+
+
 @dataclass(frozen=True)
 class MaskedTable(LabelledText):
     """The training rows of a `labelled_text` data set without their labels, for the objective "masked_lm".
 
     The same leaves give the same splits and tokenizer, so a model pretrained here has seen no held-out text. Texts
-    longer than a row go on in the next. rate, whole_words, static: as in `masked_text`.
+    longer than a row go on in the next. rate, whole_words, static, replace: as in `masked_text`.
     """
 
     rate: float = 0.15
     whole_words: bool = False
     static: bool = False
+    replace: tuple = (0.8, 0.1)
 
     def slots(self) -> int:
         """Masked positions a row can hold."""
@@ -262,27 +281,35 @@ class MaskedTable(LabelledText):
     def load(
         self, *, seed: int, batch_size: int | tuple, eval_batch_size: int, progress: Progress = None
     ) -> Loaded:
-        found, _, report = self.tables()
-        tokenizer = open_tokenizer(self.tokenizer, found["train"].texts(self.text), self.vocab_size)
+        tokenizer, sources, report = self.unlabelled(self.length)
         if tokenizer.mask is None:
             raise InputError(f"masked LM needs a tokenizer with a mask token; '{self.tokenizer}' has none")
-        sources = {split: Arrays(self._rows(tokenizer, t)) for split, t in found.items() if split != "test"}
         special = tuple(int(i) for i in np.flatnonzero(tokenizer.special()))
         words = tokenizer.starts_word() if self.whole_words else None
         masks = MaskTokens(
-            tokenizer.vocab_size, tokenizer.mask, special, self.rate, self.slots(), words, self.static
-        )
+            tokenizer.vocab_size, tokenizer.mask, special, self.rate, self.slots(), words, self.static,
+            self.replace,
+        )  # fmt: skip
         return loaded(sources, seed, batch_size, eval_batch_size, (masks,), tokenizer=tokenizer, report=report)
 
-    def _rows(self, tokenizer: Any, table: Table) -> dict[str, np.ndarray]:
-        frame, room = Frame.of(tokenizer), self.length - 2
-        texts = tokenizer.encode_batch(table.texts(self.text))
-        parts = [ids[at : at + room] for ids in texts for at in range(0, max(len(ids), 1), room)]
-        tokens = np.full((len(parts), self.length), frame.pad, np.int32)
-        for row, part in enumerate(parts):
-            tokens[row, : len(part) + 2] = [frame.start, *part, frame.end]
-        used = np.array([len(part) + 2 for part in parts])
-        return {"tokens": tokens, "segments": (np.arange(self.length) < used[:, None]).astype(np.int32)}
+
+
+@dataclass(frozen=True)
+class CausalTable(LabelledText):
+    """As `masked_table`, for the objective "causal_lm"."""
+
+    def spec(self) -> Spec:
+        row: Any = ((self.length,), "int32")
+        return {"tokens": row, "targets": row, "weights": (row[0], "float32"), "bytes": (row[0], "float32")}
+
+    def load(
+        self, *, seed: int, batch_size: int | tuple, eval_batch_size: int, progress: Progress = None
+    ) -> Loaded:
+        tokenizer, sources, report = self.unlabelled(self.length + 1)
+        texts = {split: Arrays({"tokens": source.gather(np.arange(len(source)))["tokens"]})
+                 for split, source in sources.items()}  # fmt: skip
+        shift = (NextToken(Frame.of(tokenizer).pad), TargetBytes(tokenizer.byte_lengths()))
+        return loaded(texts, seed, batch_size, eval_batch_size, shift, tokenizer=tokenizer, report=report)
 
 
 def loaded(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bigmodel_jax.data.framing import Cut, fit_pair, frame_texts
-from bigmodel_jax.data.labelled import LabelledText, MaskedTable
+from bigmodel_jax.data.labelled import CausalTable, LabelledText, MaskedTable
 from bigmodel_jax.data.tokenizer import Bytes
 from bigmodel_jax.errors import InputError
 
@@ -115,3 +115,12 @@ def test_the_same_rows_without_labels_for_pretraining(tmp_path):
     learned = options | {"tokenizer": "bpe", "vocab_size": 330}
     again = MaskedTable(**learned).load(seed=2, batch_size=8, eval_batch_size=8)
     assert load(**learned).tokenizer.fingerprint == again.tokenizer.fingerprint
+    causal = CausalTable(**options).load(seed=1, batch_size=8, eval_batch_size=8)
+    batch = causal.train.batch(0)
+    assert {k: v.shape[1:] for k, v in batch.items()} == {k: s for k, (s, _) in CausalTable(length=16).spec().items()}
+    assert (batch["targets"][:, :-1] == batch["tokens"][:, 1:])[batch["weights"][:, :-1] > 0].all()
+    assert 0 < batch["weights"].mean() < 1
+    longer = MaskedTable(**options | {"length": 17}).load(seed=1, batch_size=8, eval_batch_size=8)
+    assert {tuple(row) for row in causal.train.source.gather(np.arange(len(causal.train.source)))["tokens"]} == {
+        tuple(row) for row in longer.train.source.gather(np.arange(len(longer.train.source)))["tokens"]
+    }
