@@ -96,6 +96,11 @@ def _parser(chosen: str = "") -> _Parser:
         from bigmodel_jax.study import command
 
         command.arguments(study)
+    scaling = verb("scaling", "A scaling law of a ladder of runs, and the run it leads to.", config=False)
+    if chosen == "scaling":
+        from bigmodel_jax.study import scaling as laws
+
+        laws.arguments(scaling)
     return parser
 
 
@@ -137,7 +142,7 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def _check_verb(arguments: Sequence[str]) -> None:
     verbs = (
         "train", "eval", "probe", "generate", "prepare", "convert", "launch", "status", "study", "certify", "compare",
-        "plan",
+        "plan", "scaling",
     )  # fmt: skip
     if arguments and not arguments[0].startswith("-") and arguments[0] not in verbs:
         raise InputError(f"unknown verb '{arguments[0]}'{nearest(arguments[0], verbs)}; verbs: {', '.join(verbs)}")
@@ -223,6 +228,10 @@ def run(argv: Sequence[str]) -> None:
         from bigmodel_jax.study.command import carry_out
 
         carry_out(args, overrides)
+    elif args.verb == "scaling":
+        from bigmodel_jax.study import scaling
+
+        scaling.carry_out(args, overrides)
     elif args.verb == "status":
         import json
 
