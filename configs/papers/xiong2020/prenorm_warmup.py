@@ -3,10 +3,14 @@
     bigmodel study run configs/papers/xiong2020/prenorm_warmup.py --workdir runs/prenorm_warmup --processes 2
     bigmodel study report configs/papers/xiong2020/prenorm_warmup.py --workdir runs/prenorm_warmup
 
-The paper trains encoder-decoders of 6 layers on IWSLT14 and WMT14 with Adam at 1e-3, and BERT. Here: a decoder of 8
-thin layers on Python's standard library, the paper's initialisation (Xavier, no scaling by depth), Adam at a rate as
-far above what post-norm stands without warm-up as the paper's. What must carry over: post-norm needs the warm-up,
-pre-norm does without and ends as well.
+The paper trains encoder-decoders of 6 layers on IWSLT14 and WMT14 with Adam at 1e-3, and BERT. Here: a decoder of 4
+thin layers on Python's standard library, with the paper's initialisation (no scaling by depth, embeddings times the
+root of the width) and sinusoids. What must carry over: post-norm needs the warm-up, pre-norm does without and ends
+as well.
+
+Tried: 8 layers at 4e-3 for 300 steps; there post-norm stays at the entropy of single tokens (3.36 bits per byte) with
+a warm-up of 60 steps as without one, so that warm-up has nothing to show. 6 layers at 1e-3 and 4e-3 do the same for
+110 steps. The setting below has not been run.
 
 Published: of the four, the paper's text gives two for post-norm with Adam on IWSLT14 ("only 8.45" without and
 "around 34" with warm-up, section 3.2); pre-norm is in figures 5 and 6 as curves only, so it has no number here.
@@ -14,7 +18,7 @@ Published: of the four, the paper's text gives two for post-norm with Adam on IW
 
 from ml_collections import ConfigDict
 
-STEPS, WARMUP = 300, 60
+STEPS, WARMUP = 600, 150
 
 
 def get_study():
@@ -22,16 +26,16 @@ def get_study():
     config.steps = STEPS
     config.batch_size = 16
     config.model = dict(
-        name="decoder", num_layers=8, embed_dim=64, num_heads=2, mlp_dim=256, max_length=128, activation="relu",
-        init="fan_in", depth_scaled_init=False, tied_embeddings=False,
+        name="decoder", num_layers=4, embed_dim=64, num_heads=2, mlp_dim=256, max_length=128, activation="relu",
+        init="fan_in", depth_scaled_init=False, tied_embeddings=False, embed_scale=8.0, positions="sinusoidal",
     )  # fmt: skip
     config.objective = dict(name="causal_lm")
-    config.optimizer = dict(name="adam", lr=4e-3, b2=0.98, clip=0.0)
+    config.optimizer = dict(name="adam", lr=2e-3, b2=0.98, clip=0.0)
     config.schedule = dict(name="linear", warmup=WARMUP)
     config.data = dict(
         name="text", corpus="stdlib", tokenizer="bpe", vocab_size=1024, length=128, validation_fraction=0.02
     )
-    config.eval = dict(every=50, batch_size=64)
+    config.eval = dict(every=100, batch_size=64)
     config.checkpoint = dict(every=0, keep_last=1)
     config.guard = dict(limit=20)
     config.log = dict(every=10, tensorboard=False)
