@@ -157,6 +157,7 @@ def read_study(file: str) -> dict[str, Any]:
 
 def _of_variant(study: Mapping[str, Any], name: str) -> dict[str, Any]:
     known = variants.expand(study.get("variants", {}), study.get("grid", {}))
+    known |= {f"first:{first}": changes for first, changes in study.get("first", {}).items()}
     name = name or study.get("baseline", "")
     if name not in known:
         raise InputError(f"the study has no variant '{name}'{nearest(name, known)}")

@@ -81,12 +81,16 @@ class Runner:
         self._children: list[_Child] = []
 
     def run(self, cells: Sequence[Cell]) -> list[Row]:
-        """Rows of all cells, in order, once each is done, has diverged, or has failed.
+        """Rows of all cells, in order, once each is done, has diverged, or has failed. Those that they start from
+        come first.
 
         Raises:
           Preempted: a signal came; the runs have saved their state.
           InputError: a run does not fit its study.
         """
+        starts = self.store.starts([cell for cell in cells if self.store.row(cell) is None])
+        if starts:
+            self.run(starts)
         before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             waiting = [cell for cell in cells if self.store.row(cell) is None]
@@ -171,7 +175,7 @@ class Runner:
     def _tell(self, row: Row, cells: Sequence[Cell]) -> None:
         done = sum(self.store.row(cell) is not None for cell in cells)
         metric = self.store.study.metric
-        value = f"{metric} {row.values[metric]:.5g}" if row.status == "done" else row.status
+        value = f"{metric} {row.values[metric]:.5g}" if row.status == "done" and metric in row.values else row.status
         left = remaining_s(self.store, cells, self.processes)
         to_go = f"; about {status.span(left)} to go" if left and done < len(cells) else ""
         self.say(f"[{done}/{len(cells)}] {row.variant} seed {row.seed}: {value} in {status.span(row.wall_s)}{to_go}")

@@ -6,6 +6,7 @@
     variants    {name: {"optimizer.lr": 1e-3, ...}}: what each changes; a section given as a dict replaces it
     grid        {leaf: values}: every combination of them, times the variants where both are given
     claims      dicts with the fields of Claim
+    first       as variants: runs that others start from, by "init_from.path": "first:NAME", each from its own seed's
 
 and may have `get_config(arg)`; without one, "FILE.py:VARIANT" is the config of that variant anyway.
 Everything that can be checked without data is checked here, in one line that names the nearest legal name.
@@ -23,6 +24,8 @@ from bigmodel_jax import experiment, schema
 from bigmodel_jax.errors import InputError, nearest
 from bigmodel_jax.study import search
 from bigmodel_jax.variants import expand, overridden
+
+FIRST = "first:"
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Study:
     published: variant -> the paper's number of `published_metric`, with its place in the paper.
     tune: leaf -> values tried for every variant on `tune_seeds`, before the seeds run at the best.
     search: settings of a search over leaves, see search.py; empty for none.
+    first: name -> overrides of the base, of runs that variants start from; they are made, not reported.
     full: raw config of the same study at the paper's scale. budget_minutes: of all cells together, wall time.
     file: where it was read from.
     """
@@ -66,13 +70,19 @@ class Study:
     tune: dict[str, tuple] = field(default_factory=dict)
     tune_seeds: tuple[int, ...] = ()
     search: dict[str, Any] = field(default_factory=dict)
+    first: dict[str, dict[str, Any]] = field(default_factory=dict)
     full: dict[str, Any] | None = None
     budget_minutes: float = 90.0
     file: str = ""
 
     def config(self, variant: str, **overrides: Any) -> dict[str, Any]:
-        """Raw config of a variant; `overrides` by leaf come last."""
-        return overridden(self.base, self.variants[variant] | overrides)
+        """Raw config of a variant, or of "first:NAME"; `overrides` by leaf come last."""
+        return overridden(self.base, self.changes(variant) | overrides)
+
+    def changes(self, variant: str) -> dict[str, Any]:
+        """What a variant, or "first:NAME", changes of the base."""
+        name = variant.removeprefix(FIRST)
+        return self.variants[variant] if name == variant else self.first[name]
 
 
 @dataclass(frozen=True)
@@ -165,11 +175,27 @@ def check(study: Study) -> None:
             raise InputError(f"study {what}: there is no variant '{name}'{_near(name, study.variants)}")
     if study.published and not (study.published_source and study.published_metric):
         raise InputError("study: published numbers need published_metric and published_source")
+    _check_first(study)
     _check_configs(study)
 
 
+def _check_first(study: Study) -> None:
+    starts = {name: study.config(name).get("init_from", {}).get("path", "") for name in study.variants}
+    for name, path in starts.items():
+        wanted = path.removeprefix(FIRST)
+        if path != wanted and wanted not in study.first:
+            near = _near(wanted, study.first)
+            raise InputError(f"study variant '{name}' starts from '{path}', which is not there{near}")
+    for name in study.first:
+        config = _resolved(f"first run '{name}'", study.config(FIRST + name))
+        if config["init_from"]["path"].startswith(FIRST):
+            raise InputError(f"study first run '{name}' starts from another; one stage may come before the variants")
+        if FIRST + name not in starts.values():
+            raise InputError(f"study first run '{name}': no variant starts from '{FIRST}{name}'")
+
+
 def _near(name: str, names: Mapping[str, Any]) -> str:
-    return nearest(name, names) or f"; there are {', '.join(names)}"
+    return nearest(name, names) or f"; there are {', '.join(names) or 'none'}"
 
 
 def _check_seeds(study: Study) -> None:

@@ -26,7 +26,7 @@ import os
 import platform
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ from typing import Any
 from bigmodel_jax import experiment, metrics, schema
 from bigmodel_jax.errors import InputError
 from bigmodel_jax.lanes import MAY_DIFFER
-from bigmodel_jax.study.spec import Row, Study
+from bigmodel_jax.study import journal
+from bigmodel_jax.study.spec import FIRST, Row, Study
 from bigmodel_jax.workdir import DIVERGED
 
 FINAL = ("done", "diverged")
@@ -42,7 +43,11 @@ FINAL = ("done", "diverged")
 
 @dataclass(frozen=True)
 class Cell:
-    """One run to be made. extra: overrides by leaf beyond the variant's. given: every leaf that the study sets."""
+    """One run to be made. extra: overrides by leaf beyond the variant's. given: every leaf that the study sets.
+
+    start: the id of the cell that it starts from, "" for none. Its config then has "first:ID" as init_from.path, so
+    that its own id depends on all that the other's does.
+    """
 
     id: str
     variant: str
@@ -51,10 +56,13 @@ class Cell:
     purpose: str
     config: dict[str, Any]
     given: frozenset[str]
+    start: str = ""
 
-    def arguments(self, file: str) -> list[str]:
-        """Of `bigmodel train`, all but --workdir."""
+    def arguments(self, file: str, cells: str) -> list[str]:
+        """Of `bigmodel train`, all but --workdir. cells: the folder of all runs."""
         leaves = {**self.extra, "seed": self.seed}
+        if self.start:
+            leaves["init_from.path"] = f"{cells}/{self.start}"
         return ["--config", f"{file}:{self.variant}", *(f"--config.{leaf}={value!r}" for leaf, value in leaves.items())]
 
 
@@ -79,39 +87,6 @@ class Claim:
 
 def _essential(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in experiment.MECHANICS}
-
-
-def _write(path: Path, value: Any) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=1, default=str) + "\n")
-    temporary.replace(path)
-
-
-def _append(path: Path, value: Any) -> None:
-    """One line, whole or not at all; a torn line of a killed writer stays alone on its own."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        end = file.seek(0, os.SEEK_END)
-        file.seek(max(end - 1, 0))
-        torn = end and file.read(1) != b"\n"
-        file.write(b"\n" * bool(torn) + json.dumps(value, allow_nan=False, default=str).encode() + b"\n")
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a JSONL file; none where there is no file."""
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            yield json.loads(line)
-        except ValueError:
-            continue
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
 
 
 def repository(file: str) -> Path:
@@ -145,7 +120,21 @@ class Store:
         extra = dict(extra or {})
         raw = self.study.config(variant, **extra, seed=seed)
         config = experiment.resolve(raw)
-        return Cell(experiment.config_hash(config), variant, seed, extra, purpose, config, frozenset(schema.flat(raw)))
+        path, start = config["init_from"]["path"], ""
+        if path.startswith(FIRST):
+            start = self.cell(path, seed, purpose="first").id
+            config["init_from"]["path"] = FIRST + start
+        given = frozenset(schema.flat(raw))
+        return Cell(experiment.config_hash(config), variant, seed, extra, purpose, config, given, start)
+
+    def starts(self, cells: Sequence[Cell]) -> list[Cell]:
+        """The cells that these start from, each once."""
+        found = {}
+        for cell in cells:
+            if cell.start:
+                path = self.study.config(cell.variant)["init_from"]["path"]
+                found[cell.start] = self.cell(path, cell.seed, purpose="first")
+        return list(found.values())
 
     def cells(self, chosen: Mapping[str, Mapping[str, Any]] | None = None) -> list[Cell]:
         """The cells that the report is made of, seed by seed: a study cut short still has every variant.
@@ -164,7 +153,7 @@ class Store:
     def keep(self, name: str, value: Any) -> None:
         """Write a JSON file beside the cells."""
         self.workdir.mkdir(parents=True, exist_ok=True)
-        _write(self.workdir / name, metrics.encode(value))
+        journal.write(self.workdir / name, metrics.encode(value))
 
     def forgotten(self, cells: Sequence[Cell]) -> list[str]:
         """Cells on disk that the study no longer has, by id."""
@@ -188,7 +177,7 @@ class Store:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{platform.node()} {os.getpid()}\n".encode(), 0)
         if not (folder / "cell.json").exists():
-            _write(folder / "cell.json", {
+            journal.write(folder / "cell.json", {
                 "cell": cell.id, "study": self.study.name, "variant": cell.variant, "seed": cell.seed,
                 "overrides": self.overrides(cell), "purpose": cell.purpose, "config": cell.config,
                 "command": self.command(cell),
@@ -208,12 +197,12 @@ class Store:
         return ""
 
     def overrides(self, cell: Cell) -> dict[str, Any]:
-        return {**self.study.variants[cell.variant], **cell.extra}
+        return {**self.study.changes(cell.variant), **cell.extra}
 
     def command(self, cell: Cell) -> str:
         """What a person types to run the cell again, from the repository."""
-        workdir = f"runs/{self.study.name}/{cell.id}"
-        return shlex.join(["bigmodel", "train", *cell.arguments(self.file), "--workdir", workdir])
+        runs = f"runs/{self.study.name}"
+        return shlex.join(["bigmodel", "train", *cell.arguments(self.file, runs), "--workdir", f"{runs}/{cell.id}"])
 
     # --- jobs
 
@@ -226,15 +215,16 @@ class Store:
         file = str(Path(self.study.file).resolve())
         if len(cells) == 1:
             folder = self.folder(cells[0])
-            return Job(tuple(cells), folder, [*python, *cells[0].arguments(file), "--workdir", str(folder)])
+            arguments = cells[0].arguments(file, str(folder.parent))
+            return Job(tuple(cells), folder, [*python, *arguments, "--workdir", str(folder)])
         ids = [cell.id for cell in cells]
         folder = self.workdir / "groups" / hashlib.sha256(" ".join(ids).encode()).hexdigest()[:16]
         folder.mkdir(parents=True, exist_ok=True)
         leaves = [{leaf: schema.flat(cell.config)[leaf] for leaf in MAY_DIFFER} for cell in cells]
-        _write(folder / "given.json", [
+        journal.write(folder / "given.json", [
             {"workdir": str(self.folder(cell)), "overrides": own} for cell, own in zip(cells, leaves, strict=True)
         ])  # fmt: skip
-        _write(folder / "cells.json", ids)
+        journal.write(folder / "cells.json", ids)
         command = [*python, "--config", f"{file}:{cells[0].variant}"]
         extra = [f"--config.{leaf}={value!r}" for leaf, value in cells[0].extra.items() if leaf not in MAY_DIFFER]
         return Job(
@@ -246,13 +236,14 @@ class Store:
         left = {cell.id: cell for cell in waiting}
         out = []
         for path in sorted((self.workdir / "groups").glob("*/cells.json")):
-            ids = _json(path) or []
+            ids = journal.read(path) or []
             if ids and all(each in left for each in ids):
                 out.append([left.pop(each) for each in ids])
         alike: dict[str, list[Cell]] = {}
         for cell in left.values():
             begun = (self.folder(cell) / "checkpoints").exists()
-            fits = size > 1 and not begun and not cell.config["eval"]["metric"] and not cell.config["eval"]["patience"]
+            stops = cell.config["eval"]["metric"] or cell.config["eval"]["patience"]
+            fits = size > 1 and not begun and not cell.start and not stops
             shared = {k: v for k, v in schema.flat(_essential(cell.config)).items() if k not in MAY_DIFFER}
             alike.setdefault(json.dumps(shared, default=str) if fits else cell.id, []).append(cell)
         for cells in alike.values():
@@ -265,16 +256,16 @@ class Store:
     def begin(self, cell: Cell) -> None:
         """Write that a run starts; an earlier one that nobody saw end is closed first."""
         self._close_open_attempt(cell)
-        _append(self.folder(cell) / "attempts.jsonl", {"start": time.time(), "host": platform.node()})
+        journal.append(self.folder(cell) / "attempts.jsonl", {"start": time.time(), "host": platform.node()})
 
     def end(self, cell: Cell, code: int, wall_s: float, cpu_s: float, *, failed: bool = False) -> None:
         """Write that a run ended; `failed`: it will not be tried again by itself."""
         line = {"end": time.time(), "code": code, "wall_s": round(wall_s, 3), "cpu_s": round(cpu_s, 3)}
-        _append(self.folder(cell) / "attempts.jsonl", line | ({"failed": True} if failed else {}))
+        journal.append(self.folder(cell) / "attempts.jsonl", line | ({"failed": True} if failed else {}))
 
     def attempts(self, cell: Cell) -> list[dict[str, Any]]:
         """Starts and ends in order."""
-        return list(_lines(self.folder(cell) / "attempts.jsonl"))
+        return list(journal.lines(self.folder(cell) / "attempts.jsonl"))
 
     def _close_open_attempt(self, cell: Cell) -> None:
         """After a kill: the run lasted until its last sign of life, and its CPU time is not known."""
@@ -285,7 +276,7 @@ class Store:
         signs = [folder / name for name in ("metrics.jsonl", "log.txt", "result.json", "env.json")]
         last = max([p.stat().st_mtime for p in signs if p.exists()], default=lines[-1]["start"])
         wall_s = round(max(0.0, last - lines[-1]["start"]), 3)
-        _append(folder / "attempts.jsonl", {"end": last, "code": None, "wall_s": wall_s, "cpu_s": 0.0})
+        journal.append(folder / "attempts.jsonl", {"end": last, "code": None, "wall_s": wall_s, "cpu_s": 0.0})
 
     # --- rows
 
@@ -295,7 +286,8 @@ class Store:
         claimed: the caller holds its claim.
         """
         if cell.id not in self._rows:
-            found = self._from_folder(cell, claimed) or self._from_record(cell)
+            # Of a run that others start from its files are needed, not what came out.
+            found = self._from_folder(cell, claimed) or (self._from_record(cell) if cell.purpose != "first" else None)
             if found is None:
                 return None
             self._rows[cell.id] = found
@@ -316,7 +308,7 @@ class Store:
         folder = self.folder(cell)
         self._close_open_attempt(cell)
         row = self._read(cell, self.over(cell))
-        _write(folder / "row.json", _plain(row))
+        journal.write(folder / "row.json", _plain(row))
         self._record(cell, row)
         self._rows[cell.id] = row
         return row
@@ -333,7 +325,7 @@ class Store:
 
     def _from_folder(self, cell: Cell, claimed: bool) -> Row | None:
         folder = self.folder(cell)
-        found = _json(folder / "row.json")
+        found = journal.read(folder / "row.json")
         if found is not None:
             row = _row(found)
             self._record(cell, row)
@@ -342,8 +334,9 @@ class Store:
         return self.settle(cell) if self.over(cell) and (claimed or not self.owner(cell)) else None
 
     def _record(self, cell: Cell, row: Row) -> None:
-        if self.recorded is not None and all(line["cell"] != cell.id for line in self._recorded_lines()):
-            _append(self.recorded, {**_plain(row), "config": _essential(cell.config)})
+        wanted = self.recorded is not None and cell.purpose != "first"
+        if wanted and all(line["cell"] != cell.id for line in self._recorded_lines()):
+            journal.append(self.recorded, {**_plain(row), "config": _essential(cell.config)})
 
     def _recorded_lines(self) -> list[dict[str, Any]]:
         """Of results/studies/<study>.jsonl, read again when it has grown."""
@@ -351,7 +344,7 @@ class Store:
             return []
         size = self.recorded.stat().st_size
         if self._seen[0] != size:
-            self._seen = size, list(_lines(self.recorded))
+            self._seen = size, list(journal.lines(self.recorded))
         return self._seen[1]
 
     def _from_record(self, cell: Cell) -> Row | None:
@@ -362,8 +355,8 @@ class Store:
 
     def _read(self, cell: Cell, status: str) -> Row:
         folder = self.folder(cell)
-        result = _json(folder / "result.json") or {}
-        ran = _json(folder / "config.json")
+        result = journal.read(folder / "result.json") or {}
+        ran = journal.read(folder / "config.json")
         if ran is not None:
             self._check(cell, ran)
         rows = metrics.read(folder)
@@ -373,7 +366,7 @@ class Store:
             if row.get("event") == "eval" and row["name"] == name and metric in row
         ]  # fmt: skip
         values = _values(result, rows)
-        if status == "done":
+        if status == "done" and cell.purpose != "first":
             if self.study.metric not in values:
                 raise InputError(
                     f"study '{self.study.name}': a run of '{cell.variant}' has no metric '{self.study.metric}'; "
@@ -382,7 +375,7 @@ class Store:
             status = "done" if math.isfinite(values[self.study.metric]) else "diverged"
         examples = result.get("examples", {})
         ends = [line for line in self.attempts(cell) if "end" in line]
-        starts = (_json(folder / "env.json") or {}).get("starts", [])
+        starts = (journal.read(folder / "env.json") or {}).get("starts", [])
         return Row(
             cell=cell.id, variant=cell.variant, seed=cell.seed, values=values,
             data_fingerprint=examples.get("train", ""), eval_fingerprint=examples.get(name, ""),
@@ -394,6 +387,8 @@ class Store:
     def _check(self, cell: Cell, ran: Mapping[str, Any]) -> None:
         changes = schema.difference(_essential(cell.config), _essential(ran))
         real = {leaf: pair for leaf, pair in changes.items() if leaf not in experiment.DERIVED or pair[0]}
+        if cell.start:
+            real.pop("init_from.path", None)  # the same run, by the folder it is in
         if real:
             leaf, (wanted, found) = next(iter(real.items()))
             raise InputError(

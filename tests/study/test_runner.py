@@ -46,6 +46,10 @@ if "lr=7" in variant:
     open(folder + "/diverged.json", "w").write("{}")
     sys.exit(76)
 loss = seed + len(variant) / 10
+start = words.get("--config.init_from.path", "").strip("'")
+if start:
+    loss += float(open(start + "/loss").read())
+open(folder + "/loss", "w").write(str(loss))
 open(folder + "/metrics.jsonl", "w").write(json.dumps({"step": 6, "event": "eval", "name": "validation", "loss": loss}))
 result = {"eval": {"validation": {"loss": loss}}, "examples": {"train": "t", "validation": words.get("--eval", "v")}}
 open(folder + "/.result", "w").write(json.dumps(result))
@@ -189,3 +193,36 @@ def test_a_slurm_array_of_runners(tmp_path, capsys):
     assert {"#SBATCH --array=0-2", "#SBATCH --mem=1G", "#SBATCH --requeue"} <= set(script.splitlines())
     assert f"study run {file} --processes 2 --together 1 --record --only lr=0.1,name=sgd --workdir" in script
     assert not (tmp_path / "w").exists()
+
+
+def test_variants_that_start_from_other_runs(tmp_path, trainer):
+    """Each starts from the run of its own seed, made once and before it, and not made again for a report."""
+    first = {"long": {"steps": 12}, "short": {"steps": 6, "optimizer.lr": 0.2}}
+    variants = {"a": {"init_from.path": "first:long"}, "b": {"init_from.path": "first:long", "optimizer.lr": 0.3},
+                "none": {}}  # fmt: skip
+    fields = dict(first=first | {"short": first["short"]}, grid={}, variants=variants, baseline="none")
+    with pytest.raises(InputError, match="no variant starts from 'first:short'"):
+        spec.read(study_file(tmp_path, **fields))
+    variants["b"]["init_from.path"] = "first:shrt"
+    with pytest.raises(InputError, match="starts from 'first:shrt', which is not there; did you mean 'short'"):
+        spec.read(study_file(tmp_path, **fields))
+    variants["b"]["init_from.path"] = "first:short"
+    file = study_file(tmp_path, **fields)
+    rows = carried_out(file, tmp_path / "w", processes=2, record=True)
+    # The stand-in's loss: seed + letters / 10, and that of where it starts.
+    assert [(row.variant, row.seed) for row in rows] == [(name, seed) for seed in range(3) for name in variants]
+    expected = {"a": 0.1 + 1.0, "b": 0.1 + 1.1, "none": 0.4}
+    for row in rows:
+        own = row.seed * (1 if row.variant == "none" else 2)
+        assert row.values["validation/loss"] == pytest.approx(own + expected[row.variant])
+    assert len(ended(tmp_path / "w")) == 9 + 6
+    # Another first stage is another cell of what starts from it, and of nothing else.
+    before = {cell.variant: cell.id for cell in Store(spec.read(file), tmp_path / "w").cells()}
+    first["long"]["steps"] = 18
+    after = {cell.variant: cell.id for cell in Store(spec.read(study_file(tmp_path, **fields)), tmp_path / "w").cells()}
+    assert {name for name in before if before[name] != after[name]} == {"a"}
+    # From the record alone nothing runs again.
+    first["long"]["steps"] = 12
+    file = study_file(tmp_path, **fields)
+    assert table(carried_out(file, tmp_path / "elsewhere", record=True)) == table(rows)
+    assert ended(tmp_path / "elsewhere") == []

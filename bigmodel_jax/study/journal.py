@@ -1,0 +1,43 @@
+"""Small JSON files that a kill at any moment leaves whole, and that several processes may write."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def write(path: Path, value: Any) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=1, default=str) + "\n")
+    temporary.replace(path)
+
+
+def append(path: Path, value: Any) -> None:
+    """One line, whole or not at all; a torn line of a killed writer stays alone on its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(end - 1, 0))
+        torn = end and file.read(1) != b"\n"
+        file.write(b"\n" * bool(torn) + json.dumps(value, allow_nan=False, default=str).encode() + b"\n")
+
+
+def lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a JSONL file; none where there is no file."""
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
+
+
+def read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
