@@ -30,6 +30,7 @@ from bigmodel_jax.models.model import Model
 from bigmodel_jax.models.routing import groups
 from bigmodel_jax.parallel import legal
 from bigmodel_jax.parallel.mesh import AXES, check_batch, fill, make_mesh
+from bigmodel_jax.parallel.pipeline import schedule
 from bigmodel_jax.parallel.rules import Layout
 from bigmodel_jax.sections import (
     PLAIN,
@@ -101,7 +102,7 @@ class Experiment:
     @property
     def eval_rows(self) -> int:
         """Rows of an evaluation batch: eval.batch_size, and what it lacks to fill every device alike."""
-        return fill(self.config["eval"]["batch_size"], self.mesh)
+        return fill(self.config["eval"]["batch_size"], self.mesh, schedule(self.layout).microbatches)
 
     def cut(self, batch_size: int) -> tuple[int, int]:
         """(accumulation steps A, rows of a microbatch M) for a global batch size."""
@@ -264,7 +265,7 @@ def build(
         data = dataset.load(
             seed=run.seed,
             batch_size=run.batch_size,
-            eval_batch_size=fill(config["eval"]["batch_size"], layout.mesh),
+            eval_batch_size=fill(config["eval"]["batch_size"], layout.mesh, schedule(layout).microbatches),
             progress=progress,
         )
     _fit_model_to_data(config, data)

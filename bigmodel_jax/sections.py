@@ -113,7 +113,8 @@ class Runtime:
     """How the program runs, not what it computes.
 
     platform: "cpu", "gpu" or "tpu" must be there, "" takes what there is. watchdog_s: seconds
-    without a finished step after which stacks are dumped and the run exits 77 (0: off).
+    without a finished step after which stacks are dumped and the run exits 77; 0 is off, -1 is 600 in a
+    job of several processes and off in one. Compiling, restoring and saving have time of their own.
     compilation_cache: directory, "" for the user's cache, "off" for none. profile: (first step,
     steps) of a profiler window, () for none. prefetch: batches made ahead. input: "numpy" or "tfdata"
     (the same batches, made in parallel); "auto" is tfdata for TFDS data sets. deterministic: on a GPU,
@@ -122,7 +123,7 @@ class Runtime:
 
     platform: str = ""
     x64: bool = False
-    watchdog_s: float = 0.0
+    watchdog_s: float = -1.0
     compilation_cache: str = ""
     profile: tuple = ()
     prefetch: int = 2

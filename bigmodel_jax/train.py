@@ -106,7 +106,7 @@ class Loop:
         self.programs = programs
         runtime, saving = self.settings["runtime"], self.settings["checkpoint"]
         self.preemption = stack.enter_context(hosts.Preemption())
-        self.watchdog = stack.enter_context(hosts.Watchdog(runtime.watchdog_s))
+        self.watchdog = stack.enter_context(hosts.Watchdog(hosts.patience(runtime.watchdog_s)))
         self.checkpoints = stack.enter_context(
             Checkpointer(
                 workdir / "checkpoints", keep_last=saving.keep_last, keep_every=saving.keep_every,
@@ -276,6 +276,7 @@ class Loop:
         """Checkpoint. The metrics up to `step` are on disk before it."""
         self.settle()
         self.log.flush()
+        self.watchdog.pat(grace_s=self.settings["checkpoint"].timeout_s)
         with self.clock.span("checkpoint"):
             self.checkpoints.save(step, state, self.meta(step))
         self.saved = step
@@ -330,7 +331,7 @@ class Loop:
                         self.programs.evaluate(name, *self.evals[name]), state, pipeline,
                         self.programs.eval_sharding, self.exp.eval_rows,
                         coefficients=self.exp.objective.coefficients, batches=settings.batches,
-                        stop=lambda: self.preemption.asked(step),
+                        stop=lambda: self.interrupted(step),
                     )  # fmt: skip
                     self.watchdog.pat()
                     if found is None:
@@ -339,10 +340,16 @@ class Loop:
                 self.results[name] = found
                 self.screen.evaluated(step, name, found)
 
+    def interrupted(self, step: int) -> bool:
+        """Whether to leave an evaluation; asked at each of its batches, and so a sign of life."""
+        self.watchdog.pat()
+        return self.preemption.asked(step)
+
     def leave(self, step: int, state: Any) -> None:
         """Save and exit 75."""
         if step > self.saved:
             self.save(step, state)
+        self.watchdog.pat(grace_s=self.settings["checkpoint"].timeout_s)
         with self.clock.span("checkpoint"):
             self.checkpoints.wait()
         raise Preempted(f"stopped at step {step} of {self.exp.run.steps}; the same command continues")
@@ -352,6 +359,7 @@ class Loop:
         from bigmodel_jax import report
 
         self.profile(self.exp.run.steps)
+        self.watchdog.pat(grace_s=COMPILE_GRACE_S)
         with self.clock.span("checkpoint"):
             self.checkpoints.wait()
             if self.bests is not None:

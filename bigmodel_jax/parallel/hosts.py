@@ -17,6 +17,7 @@ import numpy as np
 
 from bigmodel_jax.errors import EXIT_WATCHDOG, InputError, RunError
 
+PATIENCE_S = 600.0
 _barriers: dict[str, int] = {}
 
 
@@ -225,6 +226,17 @@ class Preemption:
         from jax.experimental import multihost_utils
 
         return bool(multihost_utils.reached_preemption_sync_point(step))
+
+
+def patience(asked: float) -> float:
+    """Seconds that a run may go without a sign of life: `asked`, or, if that is negative, what is usual.
+
+    In one process for ever: whoever started it looks at it. In several PATIENCE_S, the ten minutes that PyTorch
+    gives NCCL: jax notices a peer that is gone or stopped within seconds, but never one that lives and hangs.
+    """
+    if asked >= 0:
+        return asked
+    return PATIENCE_S if jax.process_count() > 1 else 0.0
 
 
 class Watchdog:

@@ -110,10 +110,10 @@ def batch_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def fill(rows: int, mesh: Mesh) -> int:
-    """The nearest number of rows, not smaller, that gives every batch shard the same."""
-    shards = batch_shards(mesh)
-    return -(-rows // shards) * shards
+def fill(rows: int, mesh: Mesh, parts: int = 1) -> int:
+    """The nearest number of rows, not smaller, that gives every batch shard the same, in each of `parts` parts."""
+    share = batch_shards(mesh) * parts
+    return -(-rows // share) * share
 
 
 def check_batch(batch_size: int, microbatch: int, mesh: Mesh) -> int:

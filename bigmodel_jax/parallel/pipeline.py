@@ -21,7 +21,13 @@ Costs, per stage beside the layers themselves: a tick sends a microbatch's activ
 with them, twice (three times where they wait). Parameters stay [N, ...] in the state, cut into runs of N / S layers,
 so that a checkpoint knows nothing of stages; a circular schedule needs them in turns and deals them out anew in each
 pass: R collective-permutes send all but some 1 / S of a stage's share, and as much comes back as gradients.
-With ZeRO-3 a tick gathers its layers' weights over the fsdp axes anew, T times in all.
+
+Gradients are summed over the data axis once, after all ticks: each of the G groups of batch shards on which weights
+are whole has a copy of its own (no more memory: a copy per device is what there is anyway). With ZeRO-3 a tick gathers
+its layers' weights over the fsdp axes and sums their gradients over them, T times in all; with ZeRO-1 both happen once.
+
+Weak spots: all stages run one program, so a model whose layers differ (some with a window) computes both kinds of
+attention in every layer and keeps one; idle ticks compute too, on rows whose results nobody reads.
 """
 
 from __future__ import annotations

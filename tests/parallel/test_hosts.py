@@ -9,9 +9,11 @@ import sys
 import textwrap
 import time
 
+import jax
 import numpy as np
 import pytest
 
+from bigmodel_jax import sections
 from bigmodel_jax.errors import EXIT_WATCHDOG, InputError
 from bigmodel_jax.parallel import hosts
 
@@ -223,6 +225,14 @@ def test_a_run_that_goes_on_is_left_alone_and_a_pat_is_cheap(tmp_path):
     rc, output = finish(start(code))
     assert rc == 0, output
     assert float(output) < 1.5e-3
+
+
+def test_a_job_of_several_processes_is_not_waited_for_for_ever(monkeypatch):
+    assert sections.Runtime().watchdog_s == -1
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert [hosts.patience(asked) for asked in (-1, 0, 7)] == [hosts.PATIENCE_S, 0, 7]
+    monkeypatch.setattr(jax, "process_count", lambda: 1)
+    assert [hosts.patience(asked) for asked in (-1, 0, 7)] == [0, 0, 7]
 
 
 def test_two_processes_save_walk_back_together_and_one_process_continues(tmp_path):
