@@ -31,6 +31,7 @@ from bigmodel_jax.models.routing import groups
 from bigmodel_jax.parallel import legal
 from bigmodel_jax.parallel.mesh import AXES, check_batch, fill, make_mesh
 from bigmodel_jax.parallel.pipeline import schedule
+from bigmodel_jax.parallel.rings import dimensions
 from bigmodel_jax.parallel.rules import Layout
 from bigmodel_jax.sections import (
     PLAIN,
@@ -308,10 +309,13 @@ def optimizer(
     return learning_rate, tx
 
 
-def _layout(*, devices: Sequence[Any] | None, slices: int, context_by: str, **leaves: Any) -> Layout:
+def _layout(
+    *, devices: Sequence[Any] | None, slices: int, context_by: str, weights_by: str, **leaves: Any
+) -> Layout:
     """The section `mesh` as a value."""
+    schema.choose({"compiler": None, "rings": None}, weights_by, "mesh.weights_by")
     mesh = make_mesh({axis: leaves.pop(axis) for axis in AXES}, devices, slices)
-    return Layout(mesh, context=context_by, **leaves)
+    return Layout(mesh, context=context_by, rings=dimensions(mesh) if weights_by == "rings" else (), **leaves)
 
 
 def _facts(config: Mapping[str, Any], fields: Mapping[str, Any], rows: int) -> legal.Facts:

@@ -49,7 +49,8 @@ class MeshSize:
 
     slices: groups of devices with a slow network between them, which only the data axis crosses. The other
     leaves are those of `Layout` in parallel/rules.py: context_by: "ring" or "ulysses". microbatches, repeats: of a
-    pipeline. zero: 3, or 1 for optimizer state only. offload: "" or "optimizer". dispatch, room: of experts.
+    pipeline. weights_by: who gathers weights over fsdp and sums their gradients, the "compiler" or "rings", see
+    parallel/rings.py. zero: 3, or 1 for optimizer state only. offload: "" or "optimizer". dispatch, room: of experts.
     """
 
     data: int = -1
@@ -60,6 +61,7 @@ class MeshSize:
     tensor: int = 1
     slices: int = 1
     context_by: str = "ring"
+    weights_by: str = "compiler"
     microbatches: int = 0
     repeats: int = 1
     zero: int = 3

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bigmodel_jax.parallel import rules
+from bigmodel_jax.parallel import rings, rules
 from bigmodel_jax.parallel.pieces import Pieces, pieces
 
 Head = Callable[[jax.Array], jax.Array]
@@ -185,7 +185,8 @@ def _loop(
         return sums, grads
     cut = pieces(rows, length, rules.ROW_AXES)
     size = min(static[1], length // cut.lengths)
-    own = cut.pin([jnp.broadcast_to(x, (cut.count, *x.shape)) for x in leaves])
+    width = hidden.shape[-1]
+    own = [rings.spread(x, cut, width) for x in leaves]
     xs = tuple(_split(x, cut, size) for x in (hidden, *rest))
 
     def body(carry: tuple, x: tuple) -> tuple[tuple, Any]:
@@ -198,10 +199,10 @@ def _loop(
     out = jax.eval_shape(lambda: _chunk_shapes(static, fn, own, xs))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), out)
     (sums, dleaves), dh = jax.lax.scan(body, (zeros[0], cut.pin(zeros[1])), xs)
-    sums, dleaves = jax.tree.map(lambda x: jnp.sum(x, axis=0), (sums, dleaves))
+    sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
     if dh is None:
         return sums, []
-    return sums, [_join(dh, cut, length), dleaves]
+    return sums, [_join(dh, cut, length), [rings.total(g, cut, width) for g in dleaves]]
 
 
 def _chunk_shapes(static: tuple, fn: Callable[..., tuple], own: list, xs: tuple) -> tuple:

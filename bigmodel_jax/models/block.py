@@ -105,8 +105,8 @@ class Attention(nn.Module):
         y = constrain(y, heads)
         shape = (spec.num_heads, spec.head_dim, spec.embed_dim)
         fan_in = spec.num_heads * spec.head_dim
-        w = weight(self, "out", shape, ("heads", "head_dim", "embed"), fan_in, spec, _out_scale(spec))
-        y = ops.project("blhk,hkd->bld", y, w)
+        axes = ("heads", "head_dim", "embed")
+        y = ops.project("blhk,hkd->bld", y, weight(self, "out", shape, axes, fan_in, spec, _out_scale(spec)), axes)
         if spec.bias:
             y = ops.add_bias(y, bias(self, "out_bias", (spec.embed_dim,), ("norm",), spec))
         return y, cache
@@ -143,9 +143,8 @@ class Attention(nn.Module):
     @nn.nowrap
     def _project(self, name: str, x: jax.Array, heads: int, axis: str) -> jax.Array:
         spec = self.spec
-        shape = (spec.embed_dim, heads, spec.head_dim)
-        w = weight(self, name, shape, ("embed", axis, "head_dim"), spec.embed_dim, spec)
-        y = ops.project("bld,dhk->blhk", x, w)
+        shape, axes = (spec.embed_dim, heads, spec.head_dim), ("embed", axis, "head_dim")
+        y = ops.project("bld,dhk->blhk", x, weight(self, name, shape, axes, spec.embed_dim, spec), axes)
         if spec.bias if spec.qkv_bias is None else spec.qkv_bias:
             y = ops.add_bias(y, bias(self, f"{name}_bias", shape[1:], (axis, "head_dim"), spec))
         return y
@@ -189,9 +188,8 @@ class Mlp(nn.Module):
         else:
             h = fn(self._in("in", x))
         h = constrain(h, ("batch", "length", "mlp"))
-        shape = (spec.mlp_dim, spec.embed_dim)
-        w = weight(self, "out", shape, ("mlp", "embed"), spec.mlp_dim, spec, _out_scale(spec))
-        y = ops.project("blf,fd->bld", h, w)
+        shape, axes = (spec.mlp_dim, spec.embed_dim), ("mlp", "embed")
+        y = ops.project("blf,fd->bld", h, weight(self, "out", shape, axes, spec.mlp_dim, spec, _out_scale(spec)), axes)
         if spec.bias:
             y = ops.add_bias(y, bias(self, "out_bias", (spec.embed_dim,), ("norm",), spec))
         return y
@@ -199,8 +197,8 @@ class Mlp(nn.Module):
     @nn.nowrap
     def _in(self, name: str, x: jax.Array) -> jax.Array:
         spec = self.spec
-        shape = (spec.embed_dim, spec.mlp_dim)
-        h = ops.project("bld,df->blf", x, weight(self, name, shape, ("embed", "mlp"), spec.embed_dim, spec))
+        shape, axes = (spec.embed_dim, spec.mlp_dim), ("embed", "mlp")
+        h = ops.project("bld,df->blf", x, weight(self, name, shape, axes, spec.embed_dim, spec), axes)
         if spec.bias:
             h = ops.add_bias(h, bias(self, f"{name}_bias", (spec.mlp_dim,), ("mlp",), spec))
         return h

@@ -7,7 +7,7 @@ are computed in `wide(dtype)`, at least float32 and float64 where the input is.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -18,6 +18,7 @@ from bigmodel_jax.models import target
 from bigmodel_jax.models.laid import Laid
 from bigmodel_jax.parallel import context
 from bigmodel_jax.parallel.pieces import pieces
+from bigmodel_jax.parallel.rings import own_rows
 
 # XLA:CPU adds scattered rows in a loop of some 20 us each: up to this many table rows a matmul wins.
 ONE_HOT_ROWS = 2048
@@ -94,9 +95,9 @@ ACTIVATIONS: dict[str, tuple[Callable[[jax.Array], jax.Array], bool]] = {
 }
 
 
-def project(letters: str, x: jax.Array, w: jax.Array | Laid) -> jax.Array:
-    """jnp.einsum(letters, x, w) of activations [B, L, ...] and a weight, e.g. "bld,df->blf"."""
-    return w(x) if isinstance(w, Laid) else _project(letters, x, w)
+def project(letters: str, x: jax.Array, w: jax.Array | Laid, axes: Sequence[str | None] = ()) -> jax.Array:
+    """jnp.einsum(letters, x, w) of activations [B, L, ...] and a weight of logical `axes`, e.g. "bld,df->blf"."""
+    return w(x) if isinstance(w, Laid) else own_rows(functools.partial(_project, letters), x, w, axes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

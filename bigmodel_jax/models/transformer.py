@@ -27,7 +27,13 @@ from bigmodel_jax.models.positions import rotary_table, sinusoidal
 from bigmodel_jax.models.spec import REMAT, EncoderSpec, Spec, taking
 from bigmodel_jax.parallel import pipeline
 from bigmodel_jax.parallel.context import natural, reordered
+from bigmodel_jax.parallel.rings import own_rows
 from bigmodel_jax.parallel.rules import constrain
+
+
+def _read(tokens: jax.Array, table: jax.Array) -> jax.Array:
+    # Read in slices over fsdp, the rows would come out cut by feature, not by batch.
+    return ops.lookup(constrain(table, ("vocab_act", "embed_act")), tokens)
 
 
 class Embed(nn.Module):
@@ -47,8 +53,7 @@ class Embed(nn.Module):
         spec, dim = self.spec, self.spec.token_dim
         if table is None:
             table = weight(self, "tokens", (spec.vocab_size, dim), ("vocab", "embed"), dim, spec)
-        # Read in slices over fsdp, the rows would come out cut by feature, not by batch.
-        x = ops.lookup(constrain(table, ("vocab_act", "embed_act")), tokens)
+        x = own_rows(_read, tokens, table, ("vocab", "embed"))
         x = constrain(x, ("rows", "length", "embed_act"))
         if spec.embed_scale != 1.0:
             x = x * jnp.asarray(spec.embed_scale, x.dtype)

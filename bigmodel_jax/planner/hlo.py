@@ -264,7 +264,7 @@ def read(text: str) -> Module:
     module = Module(re.split(r"[ ,]", lines[0])[1], int(partitions.group(1)) if partitions else 1, {}, "")
     current: Computation | None = None
     table = False
-    for number, line in enumerate(lines[1:], 2):
+    for number, line in _whole(lines):
         if not line.strip():
             table = False
         elif line in _TABLES:
@@ -290,6 +290,21 @@ def read(text: str) -> Module:
     if current is not None or not module.entry:
         raise RunError("compiled program: the text ends before its entry computation does")
     return module
+
+
+def _whole(lines: list[str]) -> Iterator[tuple[int, str]]:
+    """(number, line) after the first; what a kernel says of itself is printed over several lines, here joined."""
+    number = 1
+    while number < len(lines):
+        start, line = number + 1, lines[number]
+        while line.endswith("={") and line.startswith("  ") and not lines[number + 1].startswith("  "):
+            number += 1
+            line += lines[number]
+            while not lines[number].startswith("}"):
+                number += 1
+                line += lines[number]
+        yield start, line
+        number += 1
 
 
 def _check(computation: Computation, number: int) -> None:
