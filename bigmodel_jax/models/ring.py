@@ -38,8 +38,8 @@ def crossing(q: jax.Array, k: jax.Array, mask: Mask, has_bias: bool) -> str:
     """How these queries meet keys on other devices: "ring", "ulysses", or "" where each device can have all keys.
 
     "" is the answer without a context axis, for a length that it does not divide (a single query, evaluation of odd
-    lengths), for a cache, whose keys lie whole on every device, and in a ring for an array of biases, which is
-    quadratic in the length anyway: the compiler then gathers keys and values.
+    lengths), for keys of a cache that held some before, and in a ring for an array of biases, which is quadratic in
+    the length anyway: the compiler then gathers keys and values.
     """
     way, devices = context.way(), context.size()
     if not way or mask.parts() & {"kv_length", "offset"} or q.shape[1] % devices or k.shape[1] % devices:
@@ -157,24 +157,29 @@ class _Share:
         segments = self.mask.segments_q if self.mask.segments_kv is None else self.mask.segments_kv
         return {"k": jnp.swapaxes(k, 1, 2), "v": jnp.swapaxes(v, 1, 2), "segments": segments}
 
-    def pieces(self, x: jax.Array, axis: int) -> list[jax.Array]:
-        return jnp.split(x, 1 + self.tour.zigzag, axis)
+    def piece(self, x: jax.Array, number: Any, axis: int) -> jax.Array:
+        size = x.shape[axis] // (1 + self.tour.zigzag)
+        return jax.lax.dynamic_slice_in_dim(x, number * size, size, axis)
 
-    def meeting(self, pair: context.Pair, hop: Any, block: dict[str, Any]) -> dict[str, Any]:
+    def replaced(self, x: jax.Array, piece: jax.Array, number: Any, axis: int) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(x, piece, number * piece.shape[axis], axis)
+
+    def meeting(self, turn: context.Turn, hop: Any, block: dict[str, Any]) -> dict[str, Any]:
         """Arguments of the arithmetic for the keys of a block that has come `hop` places."""
         tour, mask = self.tour, self.mask
-        own = isinstance(hop, int) and hop == 0 and pair.queries == pair.keys
+        queries, keys = turn.chosen(hop)
+        own = isinstance(hop, int) and hop == 0 and turn.fixed is not None and queries == keys
         me = context.index()
-        i = tour.first(me, pair.queries, tour.length)
-        j = tour.first((me - hop) % tour.devices, pair.keys, tour.memory)
+        i = tour.first(me, queries, tour.length)
+        j = tour.first((me - hop) % tour.devices, keys, tour.memory)
         seen = {}
         if mask.segments_q is not None:
-            seen["segments_q"] = self.pieces(mask.segments_q, 1)[pair.queries]
-            seen["segments_kv"] = self.pieces(block["segments"], 1)[pair.keys]
-        if not pair.whole or self.rule.alibi or mask.prefix is not None:
+            seen["segments_q"] = self.piece(mask.segments_q, queries, 1)
+            seen["segments_kv"] = self.piece(block["segments"], keys, 1)
+        if not turn.whole or self.rule.alibi or mask.prefix is not None:
             seen |= {"causal": mask.causal, "window": mask.window, "offset": None if own else (i - j)[None]}
             seen["prefix"] = None if mask.prefix is None else mask.prefix - j
-        k, v = (self.pieces(block[name], 2)[pair.keys] for name in "kv")
+        k, v = (self.piece(block[name], keys, 2) for name in "kv")
         part = Part(self.heads, tour.memory, self.head, i, j)
         # Only against its own keys does what a query sees depend on where it is in the piece.
         unrolled = blockwise.UNROLLED // (1 + tour.zigzag) if own else 1
@@ -182,34 +187,34 @@ class _Share:
                 "unrolled": unrolled}  # fmt: skip
 
 
-def _when(pair: context.Pair, hop: Any, fn: Callable[[Any], Any], state: Any) -> Any:
-    """fn(state) on devices where the pair meets."""
-    return fn(state) if pair.always else jax.lax.cond(pair.here(hop), fn, lambda kept: kept, state)
+def _when(turn: context.Turn, hop: Any, fn: Callable[[Any], Any], state: Any) -> Any:
+    """fn(state) on devices where the pieces of this turn meet."""
+    return fn(state) if turn.always else jax.lax.cond(turn.here(hop), fn, lambda kept: kept, state)
 
 
 def _local_forward(tour, rule, heads, numbers, mask, keys, q, k, v):
     """(out [B, L / C, H, K] in q's dtype, log-sum-exp of all scores [B, L / C, H])."""
     share = _Share(tour, rule, heads, numbers[0], mask, keys)
     high = jnp.promote_types(q.dtype, jnp.float32)
-    queries = share.pieces(blockwise.heads_first(q, k.shape[2]), 3)
+    q = blockwise.heads_first(q, k.shape[2])
 
-    def visit(states: tuple, block: Any, hop: Any, hops: Sequence[int]) -> tuple:
-        states = list(states)
-        for pair in tour.pairs(hops):
+    def visit(state: tuple, block: Any, hop: Any, hops: Sequence[int]) -> tuple:
+        for turn in tour.turns(hops):
 
-            def met(state: tuple, pair: context.Pair = pair) -> tuple:
-                given = share.meeting(pair, hop, block)
-                return _merged(state, blockwise.forward(queries[pair.queries], dtype=high, **given))
+            def met(state: tuple, turn: context.Turn = turn) -> tuple:
+                at = turn.chosen(hop)[0]
+                found = blockwise.forward(share.piece(q, at, 3), dtype=high, **share.meeting(turn, hop, block))
+                found = _merged([share.piece(x, at, 3) for x in state], found)
+                return tuple(share.replaced(x, new, at, 3) for x, new in zip(state, found, strict=True))
 
-            states[pair.queries] = _when(pair, hop, met, states[pair.queries])
-        return tuple(states)
+            state = _when(turn, hop, met, state)
+        return state
 
     block, (ahead, behind) = share.block(k, v), tour.hops()
-    nothing = [(jnp.zeros((*x.shape[:-1], v.shape[-1]), high), jnp.full(x.shape[:-1], -jnp.inf, high)) for x in queries]
-    states = visit(tuple(nothing), block, 0, [0])
-    states = context.travel(visit, states, block, ahead)
-    states = context.travel(visit, states, block, behind, by=-1)
-    out, lse = (jnp.concatenate(each, axis=3) for each in zip(*states, strict=True))
+    nothing = (jnp.zeros((*q.shape[:-1], v.shape[-1]), high), jnp.full(q.shape[:-1], -jnp.inf, high))
+    state = visit(nothing, block, 0, [0])
+    state = context.travel(visit, state, block, ahead)
+    out, lse = context.travel(visit, state, block, behind, by=-1)
     return blockwise.heads_last(out).astype(q.dtype), blockwise.heads_last(lse[..., None])[..., 0]
 
 
@@ -229,37 +234,34 @@ def _local_backward(tour, rule, heads, numbers, mask, keys, q, k, v, out, lse, d
     share = _Share(tour, rule, heads, numbers[0], mask, keys)
     first = functools.partial(blockwise.heads_first, groups=k.shape[2])
     mine = [first(x) for x in (q, d_out, blockwise.correction(out, d_out))] + [first(lse[..., None])[..., 0]]
-    mine = [share.pieces(x, 3) for x in mine]
     high = lse.dtype
 
     def visit(state: tuple, block: Any, hop: Any, hops: Sequence[int]) -> tuple:
-        dqs, sums = list(state[0]), list(state[1])
-        for pair in tour.pairs(hops):
+        for turn in tour.turns(hops):
 
-            def met(state: tuple, pair: context.Pair = pair) -> tuple:
-                own = [x[pair.queries] for x in mine]
-                dq, dk, dv = blockwise.backward(*own, dtype=high, **share.meeting(pair, hop, block))
-                return state[0] + dq, (state[1][0] + dk, state[1][1] + dv)
+            def met(state: tuple, turn: context.Turn = turn) -> tuple:
+                at, of = turn.chosen(hop)
+                own = [share.piece(x, at, 3) for x in mine]
+                dq, *sums = blockwise.backward(*own, dtype=high, **share.meeting(turn, hop, block))
+                new = zip(state, (dq, *sums), (at, of, of), strict=True)
+                return tuple(share.replaced(x, share.piece(x, n, 3) + add, n, 3) for x, add, n in new)
 
-            at = (dqs[pair.queries], sums[pair.keys])
-            dqs[pair.queries], sums[pair.keys] = _when(pair, hop, met, at)
-        return tuple(dqs), tuple(sums)
+            state = _when(turn, hop, met, state)
+        return state
 
     def arriving(by: int) -> context.Visit:
-        return lambda state, *where: visit((state[0], context.rotate(state[1], by)), *where)
+        return lambda state, *where: visit((state[0], *context.rotate(state[1:], by)), *where)
 
     block, (ahead, behind) = share.block(k, v), tour.hops()
     nothing = [jnp.zeros((*x.shape[:2], *x.shape[:1:-1]), high) for x in (block["k"], block["v"])]
-    nothing = tuple(zip(*(share.pieces(x, 3) for x in nothing), strict=True))
-    state = visit((tuple(jnp.zeros(x.shape, high) for x in mine[0]), nothing), block, 0, [0])
-    dqs, sums = context.travel(arriving(1), state, block, ahead)
+    state = visit((jnp.zeros(mine[0].shape, high), *nothing), block, 0, [0])
+    dq, *sums = context.travel(arriving(1), state, block, ahead)
     sums = context.rotate(sums, -ahead)
     if behind:
-        dqs, others = context.travel(arriving(-1), (dqs, nothing), block, behind, by=-1)
+        dq, *others = context.travel(arriving(-1), (dq, *nothing), block, behind, by=-1)
         sums = jax.tree.map(jnp.add, sums, context.rotate(others, behind))
-    dk, dv = (jnp.concatenate(each, axis=3) for each in zip(*sums, strict=True))
-    dk, dv = (jnp.transpose(x, (0, 3, 1, 2)).astype(k.dtype) for x in (dk, dv))
-    return blockwise.heads_last(jnp.concatenate(dqs, axis=3)).astype(q.dtype), dk, dv
+    dk, dv = (jnp.transpose(x, (0, 3, 1, 2)).astype(k.dtype) for x in sums)
+    return blockwise.heads_last(dq).astype(q.dtype), dk, dv
 
 
 def ulysses(

@@ -141,22 +141,27 @@ def _swapped(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pair:
-    """A piece of queries and a piece of the keys that are visiting, as numbers among a device's own.
+class Turn:
+    """One piece of queries against one piece of the visiting keys, on all devices at once but not on all the same.
 
-    meets: bool [C devices, C hops], whether they have anything to do with each other. always: they have on every
-    device after the hops asked about. whole: where they have, every query sees every key.
+    pieces: [C devices, C hops, 2], numbers of both among a device's own. meets: bool [C, C], whether they have anything
+    to do with each other. always, whole, fixed: after all hops asked about and on all devices they have; every query
+    sees every key wherever they have; it is the same two pieces.
     """
 
-    queries: int
-    keys: int
+    pieces: np.ndarray
     meets: np.ndarray
     always: bool
     whole: bool
+    fixed: tuple[int, int] | None
+
+    def chosen(self, hop: Any) -> Sequence[Any]:
+        """(piece of queries, piece of keys) of this device: integers where they are fixed."""
+        return self.fixed or tuple(jnp.asarray(self.pieces, jnp.int32)[index(), hop % len(self.pieces)])
 
     def here(self, hop: Any) -> jax.Array:
         """Whether they meet on this device."""
-        return jnp.asarray(self.meets)[index(), hop % self.meets.shape[1]]
+        return jnp.asarray(self.meets)[index(), hop % len(self.meets)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,18 +199,29 @@ class Round:
             backward += 1
         return forward, backward
 
-    def pairs(self, hops: Sequence[int]) -> list[Pair]:
-        """The pairs of pieces that meet on some device after one of `hops`."""
+    def turns(self, hops: Sequence[int]) -> list[Turn]:
+        """What is computed after each of `hops`: as few turns as the device needs that meets most."""
         meets, whole = self.tables()
         asked = np.asarray(hops) % self.devices
+        pairs = [pair for pair in np.ndindex(meets.shape[2:]) if meets[:, asked, *pair].any()]
+        fixed = [pair for pair in pairs if meets[:, asked, *pair].all()]
+        rest = [pair for pair in pairs if pair not in fixed]
+        groups = [[pair] for pair in fixed]
+        if rest:
+            groups += [rest] * meets[:, asked][..., *zip(*rest, strict=True)].sum(-1).max()
         out = []
-        for a, b in np.ndindex(meets.shape[2:]):
-            seen = meets[:, asked, a, b]
-            if seen.any():
-                out.append(Pair(a, b, meets[..., a, b], bool(seen.all()), bool(whole[:, asked, a, b][seen].all())))
+        for number, group in enumerate(groups):
+            seen = np.stack([meets[..., *pair] for pair in group])
+            own = seen & (np.cumsum(seen, 0) == max(number - len(fixed), 0) + 1)
+            pieces = np.asarray(group)[own.argmax(0)]
+            met, every = own.any(0), np.stack([whole[..., *pair] for pair in group])
+            out.append(Turn(
+                pieces, met, bool(met[:, asked].all()), bool((every | ~own)[:, :, asked].all()),
+                group[0] if len(group) == 1 else None,
+            ))  # fmt: skip
         return out
 
-    def first(self, device: Any, piece: int, length: int) -> jax.Array:
+    def first(self, device: Any, piece: Any, length: int) -> jax.Array:
         """Index in a row of `length` of the first element of a device's piece."""
         held = holdings(self.devices, self.zigzag)
         return jnp.asarray(held * (length // held.size), jnp.int32)[device, piece]

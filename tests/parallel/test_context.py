@@ -99,6 +99,7 @@ def test_every_device_has_half_of_the_work_at_every_hop(devices):
     assert (tiles == [3] + [2] * (devices - 1)).all() and balanced.hops() == (devices - 1, 0)
     pairs = (meets & whole).sum((1, 2, 3)) + (meets & ~whole).sum((1, 2, 3)) / 2  # a diagonal tile is half a tile
     assert (pairs == 4 * devices / 2).all()
+    assert [turn.always for turn in balanced.turns(range(1, devices))] == [True, True]  # what is compiled: no branch
     work = plain.tables()[0].sum((1, 2, 3))
     assert work.max() == devices * work.min()
 
