@@ -58,6 +58,7 @@ setup(
             "pytest>=9,<10",
             "pytest-xdist>=3.8,<4",
             "hypothesis>=6.150,<7",
+            "kubernetes>=37,<38",
             "onnx==1.23.2",
             "safetensors>=0.6,<0.9",
             "tensorboard>=2.20,<3",

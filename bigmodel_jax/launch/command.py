@@ -156,6 +156,10 @@ def slurm_script(
     })  # fmt: skip
 
 
+# A slice of TPUs is a pool of nodes: each job of the set gets one for itself.
+_OWN_POOL = "\n  annotations:\n    alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool"
+
+
 def _gke(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     machine = hardware(args.hardware)
     if not machine.resource or not args.image:
@@ -170,9 +174,9 @@ def _gke(args: argparse.Namespace, overrides: Sequence[str]) -> None:
             "cloud.google.com/gke-tpu-topology": args.topology,
         }  # fmt: skip
         environment |= {"BIGMODEL_COORDINATOR": "auto"}
-        fields = ""
+        fields, placement = "", _OWN_POOL
     else:
-        name = _name(args)
+        name, placement = _name(args), ""
         environment |= {
             "BIGMODEL_COORDINATOR": f"{name}-worker-0-0.{name}:8476",
             "BIGMODEL_NUM_PROCESSES": str(args.nodes * args.slices),
@@ -185,7 +189,8 @@ def _gke(args: argparse.Namespace, overrides: Sequence[str]) -> None:
         )  # fmt: skip
     pairs = "\n".join(f"- name: {key}\n  value: {json.dumps(value)}" for key, value in environment.items())
     text = render.fill("gke_jobset.yaml", {
-        "name": _name(args), "restarts": "100", "slices": str(args.slices), "hosts": str(args.nodes),
+        "name": _name(args), "placement": placement, "restarts": "100",
+        "slices": str(args.slices), "hosts": str(args.nodes),
         "grace_s": str(args.grace), "image": args.image, "directory": args.directory or "/bigmodel_jax",
         "selector": _indent("\n".join(f"{key}: {value}" for key, value in selector.items()), 16),
         "command": shlex.join(_command(args, overrides, "python")), "workdir": shlex.quote(args.workdir),

@@ -64,7 +64,7 @@ def test_gke_jobset_on_gpus(capsys):
     assert env["BIGMODEL_COORDINATOR"]["value"] == "try-worker-0-0.try:8476"
     assert env["BIGMODEL_NUM_PROCESSES"]["value"] == "4"
     assert "job-completion-index" in env["BIGMODEL_PROCESS_ID"]["valueFrom"]["fieldRef"]["fieldPath"]
-    assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": "8"}
     assert pod["restartPolicy"] == "Never" and pod["nodeSelector"]["cloud.google.com/gke-accelerator"]
     assert "--workdir gs://b/r" in container["args"][0]
 
