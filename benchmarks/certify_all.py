@@ -116,12 +116,11 @@ def cases() -> list[tuple[str, ...]]:
 
 def refusal(model: str, names: tuple[str, ...]) -> str:
     """Words of the refusal that this model must give this layout, "" where it must run."""
+    none = f"this {model} has none; use mesh.fsdp instead"
     if "expert" in names and model != "moe":
-        return "has none; use mesh.fsdp instead"
-    if model == "resnet" and {"GPipe", "circular"} & set(names):
-        return "cuts a stack of equal layers, and this resnet has none; use mesh.fsdp instead"
-    if model == "resnet" and {"ring", "ulysses"} & set(names):
-        return "cuts the length that attention works over, and this resnet has none; use mesh.fsdp instead"
+        return none
+    if model == "resnet" and {"GPipe", "circular", "ring", "ulysses"} & set(names):
+        return none
     return ""
 
 
