@@ -87,6 +87,7 @@ def plot(results: dict, path: Path) -> None:
                 axis.plot([int(w) for w in by_width], [s[name] for s in by_width.values()], "o-", label=name[6:])
             axis.set(xscale="log", yscale="log", title=f"{optimizer}, {kind}")
             axis.set_xticks([int(w) for w in by_width], by_width)
+            axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
             axis.grid(alpha=0.3)
     for axis in grid[1]:
         axis.set_xlabel("width")
@@ -94,7 +95,7 @@ def plot(results: dict, path: Path) -> None:
         row[0].set_ylabel("moved in 3 steps (RMS)")
     grid[0][0].legend(fontsize=7)
     fig.tight_layout()
-    fig.savefig(path, dpi=120)
+    fig.savefig(path, dpi=90)
 
 
 def main() -> None:
