@@ -1,18 +1,21 @@
 """Faults of a job of several processes, injected for real: it recovers, and ends with the same bits.
 
-    python -m benchmarks.multiprocess [--row NAME ...] [--processes 2 4] [--trials 3]
+    python -m benchmarks.multiprocess [--row NAME ...] [--processes 2 4] [--trials 3] [--answers]
 
 A tiny decoder is trained by `launch local` on four simulated devices, saving every few steps. Each
 trial starts N processes, waits for a step, injects its fault, lets the supervisor do its work, and
 compares the hash of the final state with that of an unbroken run of as many processes. (Sums over
 four devices add up in another order inside one process than between two: other last bits.)
+--answers compares what `eval` and `generate` say of a finished run in one process and in several.
 Resumable: results/multiprocess.json is written after every trial, trials that are in it are skipped.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -24,12 +27,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bigmodel_jax import tree
 from bigmodel_jax.launch.supervisor import Attempt, Job, Supervisor
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results" / "multiprocess.json"
 DEVICES, STEPS, EVERY = 4, 30, 5
-START_S, GRACE_S = 20, 15.0
+START_S, GRACE_S = 10, 15.0
 
 CONFIG = '''
 def get_config(arg=None):
@@ -71,7 +75,7 @@ def job(config: Path, workdir: Path, processes: int, late: bool = False) -> Job:
     run = ["-m", "bigmodel_jax.cli", "train", "--config", str(config), "--workdir", str(workdir)]
     command = [sys.executable, "-c", LATE, str(workdir / "late"), *run] if late else [sys.executable, *run]
     env = {
-        "JAX_PLATFORMS": "cpu", "BIGMODEL_START_S": str(START_S), "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu", "BIGMODEL_START_S": str(START_S * processes), "PYTHONPATH": str(ROOT),
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // processes}",
     }  # fmt: skip
     workdir.mkdir(parents=True, exist_ok=True)
@@ -147,16 +151,54 @@ def trial(fault: str, processes: int, step: int, config: Path, workdir: Path) ->
     }  # fmt: skip
 
 
+def answers(config: Path, workdir: Path, processes: int) -> dict[str, Any]:
+    """What `bigmodel eval` and `bigmodel generate` say of a finished run, as a job of so many processes."""
+    out = workdir.parent / f"{workdir.name}-asked-by-{processes}"
+    asked = {
+        "eval": ["--json", "--out", str(out / "report")],
+        "generate": ["--json", "--length", "24", "--temperature", "0.7", "--prompt", "17 4", "--prompt", "99"],
+    }
+    found = {}
+    for verb, options in asked.items():
+        one = job(config, out / verb, processes)
+        command = [sys.executable, "-m", "bigmodel_jax.cli", verb, "--workdir", str(workdir), *options]
+        assert Supervisor(dataclasses.replace(one, command=command), lambda line: None).run() == 0, out
+        said = (out / verb / "logs" / "process-0.log").read_text()
+        found[verb] = [json.loads(line) for line in said.splitlines() if line.startswith('{"prompt')]
+    found["eval"] = json.loads((out / "report" / "eval.json").read_text())["eval"]
+    return found
+
+
+def apart(a: Any, b: Any) -> float:
+    """The largest relative difference of numbers at the same place; infinite where anything else differs."""
+    a, b = tree.flatten(a), tree.flatten(b)
+    floats = {path for path, leaf in a.items() if isinstance(leaf, float)}
+    if a.keys() != b.keys() or any(a[path] != b[path] for path in a.keys() - floats):
+        return math.inf
+    return max(abs(a[path] - b[path]) / max(abs(a[path]), 1e-30) for path in floats)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--row", action="append", choices=list(FAULTS))
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--trials", type=int, default=3)
+    parser.add_argument("--answers", action="store_true", help="instead: evaluation and generation as in one process")
     args = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = write_config(folder)
+        if args.answers:
+            workdir = folder / "answers"
+            assert Supervisor(job(config, workdir, 2), print).run() == 0
+            one = answers(config, workdir, 1)
+            for processes in args.processes:
+                found = apart(one, answers(config, workdir, processes))
+                results[f"eval and generate, 1 and {processes} processes"] = {"apart": found, "alone": one}
+                RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+                print("eval and generate", processes, f"differ by {found:.1e}", flush=True)
+            return
         wanted = {processes: unbroken(config, folder, processes) for processes in args.processes}
         for fault in args.row or FAULTS:
             for processes in args.processes:

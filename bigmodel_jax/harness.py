@@ -97,8 +97,8 @@ class Bigmodel(TemplateLM):
             out = self.exp.model.apply(variables, tokens=tokens, train=False)
             chunk = self.exp.config["objective"].get("chunk", 0)
             nats, right = token_losses(out.hidden, out.head, targets, chunk=chunk)
-        used = weights > 0
-        return -jnp.sum(jnp.where(used, nats, 0.0), axis=1), jnp.all(right | ~used, axis=1)
+            used = weights > 0
+            return rules.everywhere((-jnp.sum(jnp.where(used, nats, 0.0), axis=1), jnp.all(right | ~used, axis=1)))
 
     def _batches(self, sizes: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
         """(places of up to batch_size requests of about one length, the length they are padded to)."""

@@ -134,4 +134,4 @@ def _search(variables, start, cache, penalty, *, model: Model, beams: int, lengt
 
     live, done, _ = extend(0, live, empty, jnp.broadcast_to(start[:, None], (batch, beams, vocab)))
     _, _, done, _ = jax.lax.while_loop(unfinished, step, (jnp.int32(1), live, done, cache))
-    return done["tokens"], done["logps"], done["size"], done["score"], done["ended"]
+    return rules.everywhere((done["tokens"], done["logps"], done["size"], done["score"], done["ended"]))

@@ -21,6 +21,7 @@ from bigmodel_jax.generate.sampling import Sampling, choose
 from bigmodel_jax.models import cache as caches
 from bigmodel_jax.models import laid, target
 from bigmodel_jax.models.model import Model
+from bigmodel_jax.parallel.rules import everywhere
 
 
 def lay_out(model: Model, variables: Any) -> Any:
@@ -91,7 +92,12 @@ def prefill(
         real = jnp.arange(tokens.shape[1]) < lengths[:, None]
         rows = jnp.arange(tokens.shape[0])[:, None]
         state["seen"] = jnp.zeros(logits.shape, bool).at[rows, tokens].max(real)
-    return _chosen(state, logits, sampling, eos, pad)
+    return _readable(_chosen(state, logits, sampling, eos, pad))
+
+
+def _readable(state: dict[str, Any]) -> dict[str, Any]:
+    """The state with its newest tokens where every process can read them."""
+    return state | everywhere({name: state[name] for name in ("token", "logp")})
 
 
 @functools.partial(
@@ -130,7 +136,7 @@ def steps(
         return n + 1, state, (tokens.at[:, n].set(state["token"]), logps.at[:, n].set(state["logp"]))
 
     _, state, out = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state, out))
-    return state, *out
+    return _readable(state), *everywhere(out)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "capacity"), donate_argnames=("state",))

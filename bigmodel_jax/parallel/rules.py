@@ -183,6 +183,11 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, placed))
 
 
+def everywhere(tree: Any) -> Any:
+    """The leaves, whole on every device of the active layout: what every process of a job can read."""
+    return jax.tree.map(lambda x: constrain(x, (None,) * x.ndim), tree)
+
+
 def _is_axes(leaf: Any) -> bool:
     return isinstance(leaf, (tuple, list)) and all(n is None or isinstance(n, str) for n in leaf)
 
