@@ -83,6 +83,7 @@ def _parser(chosen: str = "") -> _Parser:
     compare.add_argument("--out", default="", help="folder for a page with the curves")
     plan = verb("plan", "What a config needs on hardware: memory, time, money; compiled for it, from here.")
     plan.add_argument("--target", required=True, help="v5p:8x8x8, 2xv5e:16x16, h100:8x8, cpu:8, here")
+    plan.add_argument("--search", action="store_true", help="look for the best mesh, remat policy and microbatch")
     plan.add_argument("--price", type=float, default=0.0, help="dollars per device-hour")
     plan.add_argument("--memory", type=float, default=0.0, help="GiB of one device, default the chip's")
     plan.add_argument("--out", default="", help="directory for plan.json and pictures")
@@ -203,8 +204,8 @@ def run(argv: Sequence[str]) -> None:
 
         config = experiment.resolve(experiment.read(args.config), overrides)
         plan(
-            config, args.target, price=args.price, memory_gib=args.memory, out=args.out, limit_s=args.limit,
-            again=args.again,
+            config, args.target, search=args.search, price=args.price, memory_gib=args.memory, out=args.out,
+            limit_s=args.limit, again=args.again,
         )  # fmt: skip
     elif args.verb == "generate":
         from bigmodel_jax.talk import generate_from_run

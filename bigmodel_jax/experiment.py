@@ -281,7 +281,7 @@ def build(
     )  # fmt: skip
     for size in experiment.batch_sizes():
         accumulation, rows = experiment.cut(size)
-        legal.check(layout, _facts(config, experiment.spec, rows))
+        check_layout(layout, config, experiment.spec, rows)
         if accumulation > 1 and not objective.additive:
             raise InputError(
                 f"objective '{config['objective']['name']}' is not a sum over examples, so microbatch "
@@ -316,6 +316,11 @@ def _layout(
     schema.choose({"compiler": None, "rings": None}, weights_by, "mesh.weights_by")
     mesh = make_mesh({axis: leaves.pop(axis) for axis in AXES}, devices, slices)
     return Layout(mesh, context=context_by, rings=dimensions(mesh) if weights_by == "rings" else (), **leaves)
+
+
+def check_layout(layout: Layout, config: Mapping[str, Any], fields: Mapping[str, Any], rows: int) -> None:
+    """Raises InputError for a layout that a config's model cannot take with microbatches of so many rows."""
+    legal.check(layout, _facts(config, fields, rows))
 
 
 def _facts(config: Mapping[str, Any], fields: Mapping[str, Any], rows: int) -> legal.Facts:

@@ -18,9 +18,10 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from bigmodel_jax import experiment
+from bigmodel_jax import chips, experiment
 from bigmodel_jax.errors import DoesNotFit, InputError
-from bigmodel_jax.planner import advice, compilers, memory, verdict
+from bigmodel_jax.planner import advice, compilers, memory, picture, verdict
+from bigmodel_jax.planner import search as layouts
 from bigmodel_jax.planner.compile import compile_for
 from bigmodel_jax.planner.targets import Target, parse
 from bigmodel_jax.planner.verdict import Figure, Verdict
@@ -32,15 +33,17 @@ def plan(
     config: Mapping[str, Any],
     target: str,
     *,
+    search: bool = False,
     price: float = 0.0,
     memory_gib: float = 0.0,
     out: str = "",
     limit_s: float = 1200.0,
     again: bool = False,
 ) -> Verdict:
-    """Judge a resolved config on a target; show it, write plan.json and pictures to `out`.
+    """Judge a resolved config on a target; show it, write plan.json and layout.png to `out`.
 
     Args:
+      search: first look for its best layout there, and judge that one.
       price: dollars per device-hour. memory_gib: of a device, default the chip's. limit_s: wall seconds of one
         compilation. again: compile even what was compiled before.
 
@@ -51,6 +54,12 @@ def plan(
     where, config = _prepared(target), sized(config)
     console = Console(highlight=False, soft_wrap=True)
     say(console, config, where)
+    searched = None
+    if search:
+        searched = _search(console, config, where, memory_gib * 2**30, limit_s)
+        config = experiment.resolve(config, searched.compiled[0][0].words)
+    if where.devices:
+        memory.estimate(config, where.devices, where.platform)  # what cannot be is said at once
     compiled = compile_for(config, where, limit_s=limit_s, again=again)
     found = verdict.judge(config, where, compiled, limit=memory_gib * 2**30, price=price)
     advised = None
@@ -58,7 +67,7 @@ def plan(
         advised = _advise(console, config, where, found, limit_s)
     show(console, found)
     if out:
-        write(Path(out), config, found, advised)
+        write(Path(out), config, found, advised, searched)
         console.print(f"written: {out}", markup=False)
     if found.fits is False:
         raise DoesNotFit(f"{found.reason}; {_said(advised, where)}")
@@ -85,6 +94,37 @@ def say(console: Console, config: Mapping[str, Any], target: Target) -> None:
     missing = compilers.MISSING.get(target.platform, "")
     how = f"compiling with {found}" if found else f"{missing}; an estimate by the CPU compiler"
     console.print(f"{config['model']['name']} on {target} ({devices}): {how}", markup=False)
+
+
+def _search(
+    console: Console, config: Mapping[str, Any], target: Target, limit: float, limit_s: float
+) -> layouts.Found:
+    """The best layouts, shown as a table with the words that ask for them."""
+    chip = chips.chip(target.kind)
+    room = verdict.capacity(target, chip, limit)
+    if room.value is None or not target.devices or not chip.peaks:
+        raise InputError(f"--search needs a target whose rates and memory are known, not {target}")
+
+    def compiled(changed: dict[str, Any], candidate: layouts.Candidate) -> tuple[float, Verdict] | None:
+        console.print(f"compiling {candidate.text}", markup=False)
+        found = verdict.judge(changed, target, compile_for(changed, target, limit_s=limit_s), limit=limit)
+        return (found.time["step"].value, found) if found.fits else None
+
+    found = layouts.search(
+        config, target, chip, lambda mesh: verdict.links(target, mesh), room=room.value, compile=compiled
+    )
+    if not found.compiled:
+        raise DoesNotFit(f"none of {found.tried} layouts fits {target} ({len(found.ranked)} do by arithmetic)")
+    head = f"{found.tried} layouts, {len(found.ranked)} fit by arithmetic, the best {len(found.compiled)} compiled"
+    table = Table(title=head, title_justify="left", box=None)
+    for column in ("", "layout", "step", "by arithmetic", "needs"):
+        table.add_column(column, justify="left" if column == "layout" else "right")
+    for place, (candidate, said) in enumerate(found.compiled, 1):
+        arithmetic = amount(Figure(candidate.step_s, "s", ""))
+        table.add_row(str(place), candidate.text, amount(said.time["step"]), arithmetic, amount(said.memory["needs"]))
+    console.print(table)
+    console.print("the first is " + " ".join(found.compiled[0][0].words), markup=False)
+    return found
 
 
 def _advise(
@@ -158,8 +198,27 @@ def amount(figure: Figure) -> str:
     return f"{value:,.4g} {unit}" if unit != "$" else f"${value:,.0f}"
 
 
-def write(out: Path, config: Mapping[str, Any], found: Verdict, advised: advice.Advice | None) -> None:
-    """plan.json in `out`."""
+def write(
+    out: Path,
+    config: Mapping[str, Any],
+    found: Verdict,
+    advised: advice.Advice | None = None,
+    searched: layouts.Found | None = None,
+) -> None:
+    """plan.json and layout.png in `out`, and overrides.txt of a search: one word of a command line a line."""
     out.mkdir(parents=True, exist_ok=True)
     plain = found.plain() | {"config": config, "advice": advised and vars(advised)}
+    if searched:
+        plain["search"] = [vars(c) | {"compiled_step_s": said.time["step"].value} for c, said in searched.compiled]
+        (out / "overrides.txt").write_text("\n".join(searched.compiled[0][0].words) + "\n")
     (out / "plan.json").write_text(json.dumps(plain, indent=1) + "\n")
+    compiled = found.compiled
+    picture.draw(
+        out / "layout.png", title=f"{config['model']['name']}, {_count(compiled.work['parameters'])} parameters, on "
+        f"{found.target}: {found.reason}", mesh=found.mesh, hosts=compiled.hosts, leaves=compiled.leaves,
+    )  # fmt: skip
+
+
+def _count(number: float) -> str:
+    unit = next((u for u in "TGMK" if number >= 10 ** (3 * ("KMGT".index(u) + 1))), "")
+    return f"{number / 10 ** (3 * ('KMGT'.index(unit) + 1)):.3g}{unit.replace('G', 'B')}" if unit else f"{number:g}"

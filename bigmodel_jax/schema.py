@@ -81,6 +81,8 @@ def complete(values: Mapping[str, Any], where: str, *fns: Callable[..., Any]) ->
         value = values.get(key, default)
         if value is _REQUIRED:
             raise InputError(f"config leaf '{where}{key}' must be given")
+        if value is None and hint is str:
+            value = "none"  # the word, which a command line has already read as no value
         if not _accepts(value, hint):
             wanted = getattr(hint, "__name__", str(hint))
             raise InputError(f"config leaf '{where}{key}' = {value!r} should be {wanted}")

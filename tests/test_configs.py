@@ -21,6 +21,7 @@ PARAMETERS = {
     "llama.py:1b": 1_235_814_400,
     "llama.py:8b": 8_030_261_248,
     "llama.py:70b": 70_553_706_496,
+    "mixtral.py": 46_702_792_704,
     "bert.py:base": 109_514_298,
     "bert.py:large": 335_174_458,
     "resnet_imagenet.py:18": 11_689_512,

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {
     "lm_tiny.py", "lm_small.py", "mlm_tiny.py", "mlm_small.py", "resnet_tiny.py", "resnet_tiny.py:mnist5k",
     "gpt2.py:124m", "gpt2.py:350m", "gpt2.py:1.5b", "llama.py:1b", "llama.py:8b", "llama.py:70b",
+    "mixtral.py",
     "bert.py:base", "bert.py:large", "lstm_tiny.py", "g2p_cmudict.py", "span_tiny.py", "convnet_digits.py",
     "logistic_digits.py", "vit_digits.py",
     *(f"finetune_rotten.py:{fold}" for fold in range(5)), "finetune_digits.py:source", "finetune_digits.py:transfer",
@@ -87,10 +88,11 @@ def test_a_wrong_value_is_refused(override, says):
 
 def test_overrides_are_typed():
     overrides = ["--config.optimizer.lr=1", "--config.sample.prompt=class A:", "--config.model.qk_norm=true"]
+    overrides.append("--config.model.remat=none")
     config = experiment.resolve(load("lm_tiny.py"), overrides)
     assert config["optimizer"]["lr"] == 1.0 and isinstance(config["optimizer"]["lr"], float)
     assert config["sample"]["prompt"] == "class A:"
-    assert config["model"]["qk_norm"] is True
+    assert config["model"]["qk_norm"] is True and config["model"]["remat"] == "none"
 
 
 def test_hash_sees_what_matters_and_only_that():

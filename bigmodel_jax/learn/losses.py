@@ -202,7 +202,9 @@ def _loop(
     sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
     if dh is None:
         return sums, []
-    return sums, [_join(dh, cut, length), [rings.total(g, cut, width) for g in dleaves]]
+    pairs = zip(dleaves, leaves, strict=True)
+    total = [None if g is None else rings.total(g, cut, width, x.dtype) for g, x in pairs]
+    return sums, [_join(dh, cut, length), total]
 
 
 def _chunk_shapes(static: tuple, fn: Callable[..., tuple], own: list, xs: tuple) -> tuple:

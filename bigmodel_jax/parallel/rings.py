@@ -85,9 +85,10 @@ def _placed(layout: Layout | None, x: jax.Array, w: jax.Array, axes: Sequence[st
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def whole(w: jax.Array, dim: int, rings: tuple[int, ...]) -> jax.Array:
     """A shard cut over fsdp along `dim` to the whole array. Inside `shard_map`; the gradient is summed over fsdp."""
+    w = jnp.moveaxis(w, dim, 0)  # TPU scatters along major dimensions alone, and gathers best there
     for groups in reversed(_groups(rings)):
-        w = jax.lax.all_gather(w, AXIS, axis=dim, tiled=True, axis_index_groups=groups)
-    return w
+        w = jax.lax.all_gather(w, AXIS, axis=0, tiled=True, axis_index_groups=groups)
+    return jnp.moveaxis(w, 0, dim)
 
 
 def _whole_forward(w: jax.Array, dim: int, rings: tuple[int, ...]) -> tuple[jax.Array, None]:
@@ -103,9 +104,10 @@ whole.defvjp(_whole_forward, _whole_backward)
 
 def summed(g: jax.Array, dim: int, rings: tuple[int, ...]) -> jax.Array:
     """Each device's array to its shard, along `dim`, of the sum over fsdp. Inside `shard_map`."""
+    g = jnp.moveaxis(g, dim, 0)
     for groups in _groups(rings):
-        g = jax.lax.psum_scatter(g, AXIS, scatter_dimension=dim, tiled=True, axis_index_groups=groups)
-    return g
+        g = jax.lax.psum_scatter(g, AXIS, scatter_dimension=0, tiled=True, axis_index_groups=groups)
+    return jnp.moveaxis(g, 0, dim)
 
 
 def spread(w: jax.Array, cut: Pieces, width: int) -> jax.Array:
@@ -122,8 +124,9 @@ def spread(w: jax.Array, cut: Pieces, width: int) -> jax.Array:
     )(w)  # fmt: skip
 
 
-def total(g: jax.Array, cut: Pieces, width: int) -> jax.Array:
-    """The sum of [pieces, ...] over its pieces, by rings where `spread` gathers by them."""
+def total(g: jax.Array, cut: Pieces, width: int, dtype: Any) -> jax.Array:
+    """The sum of [pieces, ...] over its pieces; by rings, and as every other weight's in its `dtype`, where `spread`
+    gathers by them."""
     dim = _dimension(g.shape[1:], cut, width)
     if dim is None:
         return jnp.sum(g, axis=0)
@@ -131,7 +134,7 @@ def total(g: jax.Array, cut: Pieces, width: int) -> jax.Array:
     others = tuple(axis for axis in cut.axes if axis != AXIS)
 
     def local(g: jax.Array) -> jax.Array:
-        g = summed(g[0], dim, layout.rings)
+        g = summed(g[0].astype(dtype), dim, layout.rings)
         return jax.lax.psum(g, others) if others else g
 
     shard = PartitionSpec(*[AXIS if d == dim else None for d in range(g.ndim - 1)])

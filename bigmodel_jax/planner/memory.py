@@ -89,10 +89,10 @@ def estimate(config: Mapping[str, Any], devices: int, platform: str = "cpu") -> 
     leaves = {leaf: section[leaf] for leaf in ("microbatches", "repeats", "zero", "dispatch", "room")}
     layout = Layout(mesh, context=section["context_by"], **leaves)
     found = traced(config, platform)
-    state, axes, size = found.programs.state, found.programs.axes, max(found.exp.batch_sizes())
-    places = states.shardings(state, axes, layout)
-    held = {name: _held(state[name], places[name]) for name in state}
-    steps = check_batch(size, min(found.exp.run.microbatch, size), mesh)
+    size = rows_of(config)
+    steps = check_batch(size, min(config["microbatch"], size), mesh)
+    experiment.check_layout(layout, config, found.exp.spec, size // steps)
+    held, gradients = _kept(found.programs, layout)
     rows = size / steps / math.prod(mesh.shape[axis] for axis in BATCH_AXES) / mesh.shape["context"]
     shards = math.prod(mesh.shape[axis] for axis in STATE_AXES)
     tensor, stage = mesh.shape["tensor"], mesh.shape["stage"]
@@ -100,14 +100,23 @@ def estimate(config: Mapping[str, Any], devices: int, platform: str = "cpu") -> 
     moments = (found.layer * rows / tensor + found.gathered * whole, found.logits * rows / tensor + found.head * whole)
     spec = found.exp.spec.values()
     return Memory(
-        parameters=held.pop("params"),
-        optimizer=held.pop("opt") * (section["offload"] != "optimizer"),
-        other=sum(held.values()),
-        gradients=_held(state["params"], states.gradients(state, axes, layout)) * (2 if steps > 1 else 1),
+        parameters=held["params"],
+        optimizer=held["opt"] * (section["offload"] != "optimizer"),
+        other=sum(size for name, size in held.items() if name not in ("params", "opt")),
+        gradients=gradients * (2 if steps > 1 else 1),
         activations=rows * (found.stream + found.rest / tensor) / stage + found.fixed / shards / tensor / stage,
         working=max(moments),
         batch=sum(math.prod(shape) * jnp.dtype(kind).itemsize for shape, kind in spec) * steps * rows,
     )
+
+
+@functools.lru_cache(maxsize=4096)
+def _kept(programs: Programs, layout: Layout) -> tuple[dict[str, int], int]:
+    """(bytes of each part of the state, bytes of the gradients) on one device."""
+    state, axes = programs.state, programs.axes
+    places = states.shardings(state, axes, layout)
+    held = {name: _held(state[name], places[name]) for name in state}
+    return held, _held(state["params"], states.gradients(state, axes, layout))
 
 
 def _held(leaves: Any, shardings: Any) -> int:
@@ -115,10 +124,22 @@ def _held(leaves: Any, shardings: Any) -> int:
     return sum(math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, place in flat)
 
 
+def rows_of(config: Mapping[str, Any]) -> int:
+    """Rows of the largest step."""
+    size = config["batch_size"]
+    return size if isinstance(size, int) else max(rows for _, rows in size)
+
+
+def _group(model: Mapping[str, Any]) -> int:
+    """Rows that a model cannot do with less of."""
+    return max(model.get("expert_group", 0), model.get("bn_group", 0), 1)
+
+
 def traced(config: Mapping[str, Any], platform: str) -> Traced:
-    """The step of a config traced on one device; the same for all its meshes."""
+    """The step of a config traced on one device; the same for all its meshes, batches and microbatches."""
     mesh = {axis: 1 for axis in AXES} | {"slices": 1, "microbatches": 0, "repeats": 1, "zero": 3, "offload": ""}
-    return _traced(json.dumps({**config, "mesh": {**config["mesh"], **mesh}}, sort_keys=True), platform)
+    plain = {**config, "mesh": {**config["mesh"], **mesh}, "microbatch": 0, "batch_size": _group(config["model"])}
+    return _traced(json.dumps(plain, sort_keys=True), platform)
 
 
 @functools.lru_cache(maxsize=64)
@@ -128,12 +149,11 @@ def _traced(text: str, platform: str) -> Traced:
         exp = experiment.build(config, devices=jax.devices("cpu")[:1], load=False)
         programs = Programs(exp)
         stream, rest, fixed = _residuals(exp, programs)
-        layer, model = 0.0, config["model"]
-        layers = model.get("num_layers", 0)
-        if layers and model.get("remat", "none") != "none":
-            kept = {**config, "model": {**model, "remat": "none"}}
-            everything = experiment.build(kept, devices=list(exp.mesh.devices.flat), load=False)
-            layer = sum(_residuals(everything, programs)[:2]) / layers
+    layer, model = 0.0, config["model"]
+    layers = model.get("num_layers", 0)
+    if layers and model.get("remat", "none") != "none":
+        all_kept = traced({**config, "model": {**model, "remat": "none"}}, platform)
+        layer = (all_kept.stream + all_kept.rest) / layers
     narrow = jnp.dtype(model.get("dtype", "float32")).itemsize
     params = tree.flatten(programs.state["params"])
     stacked = sum(leaf.size for path, leaf in params.items() if "layers/" in f"{path}/")
@@ -151,7 +171,7 @@ def _traced(text: str, platform: str) -> Traced:
 def _residuals(exp: experiment.Experiment, programs: Programs) -> tuple[float, float, float]:
     """(stream, rest, fixed) of `Traced`, from the residuals of one group of rows and of two."""
     model = exp.config["model"]
-    group = max(model.get("expert_group", 0), model.get("bn_group", 0), 1)
+    group = _group(model)
     few, many = (_stored(exp, programs, rows) for rows in (group, 2 * group))
     weights = {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(programs.state["params"])}
     width, sums = model.get("embed_dim", 0), [0.0, 0.0, 0.0]

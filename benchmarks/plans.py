@@ -1,0 +1,124 @@
+"""Plans for four models on five kinds of hardware that are not here, compiled for each by its own compiler.
+
+    python -m benchmarks.plans [MODEL@TARGET ...]        # all rows that are missing; or these, anew
+
+Writes results/plans.json and, from it, results/plans.md. Needs `bash launch/compilers`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+
+from bigmodel_jax import experiment
+from bigmodel_jax.errors import RunError
+from bigmodel_jax.planner import compilers, targets, verdict
+from bigmodel_jax.planner.compile import compile_for
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULT = ROOT / "results" / "plans.json"
+MODELS = {"1B": "llama.py:1b", "8B": "llama.py:8b", "70B": "llama.py:70b", "47B-A13B": "mixtral.py"}
+TARGETS = ("v5p:8x8x8", "v5e:16x16", "h100:8x8", "v6e:16x16", "2xv5e:16x16")
+# Rows of 8192 tokens, 512 to a step. Where the plain layout of the config does not fit, what `plan` advised, or what a
+# row per device needs.
+SLICES = ("--config.mesh.slices=2", "--config.mesh.data=2", "--config.mesh.fsdp=256")
+LAYOUTS = {
+    ("1B", "2xv5e:16x16"): SLICES,
+    ("8B", "2xv5e:16x16"): SLICES,
+    ("8B", "v5e:16x16"): ("--config.microbatch=256",),
+    ("8B", "h100:8x8"): ("--config.microbatch=64",),
+    ("70B", "v5e:16x16"): ("--config.mesh.fsdp=64", "--config.mesh.context=4", "--config.microbatch=64"),
+    ("70B", "v6e:16x16"): ("--config.microbatch=256",),
+    ("70B", "2xv5e:16x16"): (
+        "--config.mesh.slices=2", "--config.mesh.data=2", "--config.mesh.fsdp=64", "--config.mesh.context=4",
+        "--config.microbatch=128",
+    ),
+    ("70B", "h100:8x8"): ("--config.microbatch=64",),
+    ("47B-A13B", "v5e:16x16"): ("--config.mesh.fsdp=32", "--config.mesh.expert=8", "--config.microbatch=256"),
+    ("47B-A13B", "v6e:16x16"): ("--config.mesh.fsdp=32", "--config.mesh.expert=8", "--config.microbatch=256"),
+    ("47B-A13B", "2xv5e:16x16"): (
+        "--config.mesh.slices=2", "--config.mesh.data=2", "--config.mesh.fsdp=32", "--config.mesh.expert=8",
+    ),
+    ("47B-A13B", "h100:8x8"): ("--config.mesh.fsdp=8", "--config.mesh.expert=8", "--config.microbatch=64"),
+    ("47B-A13B", "v5p:8x8x8"): ("--config.mesh.fsdp=64", "--config.mesh.expert=8"),
+}  # fmt: skip
+# The most telling first.
+ORDER = [("8B", "v5p:8x8x8"), ("8B", "v5e:16x16"), ("8B", "h100:8x8"), ("70B", "v5p:8x8x8"), ("70B", "h100:8x8")]
+ORDER += [(model, target) for target in TARGETS for model in MODELS if (model, target) not in ORDER]
+
+
+def measure(model: str, target: str) -> dict:
+    """One row: the verdict in numbers."""
+    words = LAYOUTS.get((model, target), ())
+    config = experiment.resolve(experiment.read(str(ROOT / "configs" / MODELS[model])), words)
+    where = targets.parse(target)
+    compiled = compile_for(config, where, limit_s=3600)
+    found = verdict.judge(config, where, compiled)
+    figures = {**found.memory, **found.time, **found.run}
+    return {
+        "config": MODELS[model], "overrides": list(words), "mesh": {k: v for k, v in found.mesh.items() if v > 1},
+        "fits": found.fits, "reason": found.reason, "compiler": compiled.compiler, "label": compiled.label,
+        "figures": {name: {"value": f.value, "unit": f.unit, "from": f.source} for name, f in figures.items()},
+        "cpu_s": compiled.cpu_s, "peak_rss": compiled.peak_rss, "jax": jax.__version__,
+    }  # fmt: skip
+
+
+def markdown(rows: dict) -> str:
+    """The table of results/plans.md."""
+    lines = [
+        "# Plans", "",
+        "Written by `python -m benchmarks.plans`. Memory is what the target's own compiler says; the step time is a",
+        "roofline of the compiled program over data-sheet rates, a bound that no run beats, and so are tokens/s and",
+        "days. For GPUs the description given to the compiler is written by hand and unchecked against a card.", "",
+        "| model | target | layout | GiB per device | of | fits | step >= | MFU <= | Mtokens/s <= | days >= | "
+        "compile CPU s | peak GiB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for model in MODELS:
+        for target in TARGETS:
+            row = rows.get(f"{model}@{target}")
+            if row is None:
+                lines.append(f"| {model} | {target} | not compiled yet | | | | | | | | | |")
+                continue
+            layout = ", ".join(f"{axis} {size}" for axis, size in row["mesh"].items())
+            layout += "".join(f", {w.removeprefix('--config.')}" for w in row["overrides"] if "microbatch" in w)
+            cells = [_cell(row, *what) for what in (
+                ("needs", 2**30, ".2f"), ("memory", 2**30, ".1f"), ("step", 1, ".2f s"), ("MFU", 0.01, ".0f%"),
+                ("tokens/s", 1e6, ".2f"), ("days", 1, ".1f"))]  # fmt: skip
+            fits = {True: "yes", False: "**no**", None: "n/a"}[row["fits"]]
+            cost = f"{row['cpu_s']:.0f} | {row['peak_rss'] / 2**30:.2f}"
+            lines.append(" | ".join(["", model, target, layout, *cells[:2], fits, *cells[2:], cost, ""]).strip())
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row: dict, name: str, unit: float, form: str) -> str:
+    value = row["figures"].get(name, {}).get("value")
+    digits = form.rstrip("s% ")
+    return "n/a" if value is None else f"{value / unit:{digits}}{form[len(digits):]}"
+
+
+def main() -> None:
+    jax.config.update("jax_platforms", "cpu")
+    rows = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    every = [f"{model}@{target}" for model, target in ORDER]
+    for name in sys.argv[1:] or [name for name in every if name not in rows]:
+        model, target = name.split("@")
+        if not compilers.version(targets.parse(target)):
+            print(f"{name}: no compiler here (bash launch/compilers)", flush=True)
+            continue
+        try:
+            rows[name] = measure(model, target)
+        except RunError as error:
+            print(f"{name}: {error}", flush=True)
+            continue
+        RESULT.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
+        (ROOT / "results" / "plans.md").write_text(markdown(rows))
+        print(f"{name}: {rows[name]['reason']}, {rows[name]['cpu_s']:.0f} CPU s", flush=True)
+    (ROOT / "results" / "plans.md").write_text(markdown(rows))
+
+
+if __name__ == "__main__":
+    main()
