@@ -164,8 +164,10 @@ def show(console: Console, found: Verdict) -> None:
         table = Table(title=f"{title} ({mesh})" if name == "memory" else title, title_justify="left", box=None)
         for column, side in (("", "left"), ("", "right"), ("from", "left")):
             table.add_column(column, justify=side, no_wrap=column == "")
+        before = ""
         for what, figure in figures.items():
-            table.add_row(what, amount(figure), figure.source)
+            table.add_row(what, amount(figure), figure.source if figure.source != before else '"')
+            before = figure.source
         console.print(table)
     if found.traffic:
         table = Table(title="communication per step, per device", title_justify="left", box=None)
@@ -175,8 +177,9 @@ def show(console: Console, found: Verdict) -> None:
             sizes = (amount(Figure(row[key], "B", "")) for key in ("payload", "wire"))
             table.add_row(row["kind"], "+".join(row["axes"]), *sizes)
         console.print(table)
-    for note in found.assumptions:
-        console.print(f"note: {note}", markup=False)
+    if found.time and found.time["step"].value is not None:
+        for note in found.assumptions:
+            console.print(f"note: {note}", markup=False)
     console.print(
         f"compiled in {compiled.cpu_s:.0f} CPU s, {compiled.peak_rss / 2**30:.2f} GiB resident, by {compiled.compiler}",
         markup=False,
@@ -190,7 +193,8 @@ def amount(figure: Figure) -> str:
     if value is None:
         return "n/a"
     if unit == "B":
-        return f"{value / 2**30:.3f} GiB" if value >= 2**20 else f"{value / 2**10:.1f} KiB"
+        scale, name = next(((2**n, u) for n, u in ((30, "GiB"), (20, "MiB"), (10, "KiB")) if value >= 2**n), (1, "B"))
+        return f"{value / scale:.4g} {name}"
     if unit == "":
         return f"{value:.1%}" if 0 < value <= 1.5 else f"{value:,.4g}"
     if unit == "s":

@@ -144,7 +144,7 @@ def _memory(
         sizes["temporaries"] = Figure(found["temporary"], "B", label)
         whole = found["argument"] + found["output"] - found["alias"] + found["temporary"] + found["code"]
         needs = Figure(whole, "B", label)
-    sizes |= {f"about {name}": Figure(size, "B", arithmetic) for name, size in parts.items()}
+    sizes |= {f"  {name}, about": Figure(size, "B", arithmetic) for name, size in parts.items()}
     sizes |= {"needs": needs, "memory": room}
     if room.value is None:
         return None, room.source, sizes
