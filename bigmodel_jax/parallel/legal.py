@@ -9,6 +9,8 @@ from bigmodel_jax.parallel.mesh import batch_shards
 from bigmodel_jax.parallel.pipeline import schedule
 from bigmodel_jax.parallel.rules import Layout
 
+RINGED = ("data", "fsdp")
+
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
@@ -34,6 +36,7 @@ class Facts:
 def check(layout: Layout, facts: Facts) -> None:
     """Raises InputError for a layout that this model cannot take."""
     _choices(layout)
+    _rings(layout)
     _stages(layout, facts)
     _context(layout, facts)
     experts, size = facts.experts, layout.size("expert")
@@ -72,6 +75,17 @@ def _choices(layout: Layout) -> None:
         raise InputError(f"mesh.room = {layout.room} is a multiple of an even share, or 0 for room for all")
     if layout.repeats < 1 or layout.microbatches < 0:
         raise InputError("mesh.repeats is at least 1, and mesh.microbatches at least 0 (as many as stages)")
+
+
+def _rings(layout: Layout) -> None:
+    if not layout.rings:
+        return
+    others = [f"mesh.{axis} {size}" for axis, size in layout.mesh.shape.items() if size > 1 and axis not in RINGED]
+    if others or layout.zero != 3:
+        raise InputError(
+            f"mesh.weights_by rings gathers weights over fsdp beside data alone; with "
+            f"{', '.join(others) or 'mesh.zero 1'} use mesh.weights_by=compiler"
+        )
 
 
 def _stages(layout: Layout, facts: Facts) -> None:

@@ -11,10 +11,11 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from bigmodel_jax import tree
+from bigmodel_jax.errors import InputError
 from bigmodel_jax.learn import objectives
 from bigmodel_jax.models import MODELS
+from bigmodel_jax.parallel import legal, rings
 from bigmodel_jax.parallel import mesh as meshes
-from bigmodel_jax.parallel import rings
 from bigmodel_jax.parallel.rules import Layout, shardings, use
 from bigmodel_jax.planner.costs import costs
 from bigmodel_jax.planner.hlo import read
@@ -118,7 +119,9 @@ def test_control_rings_in_the_wrong_order_are_seen(x64, monkeypatch):
 def test_what_is_not_cut_over_fsdp_alone_is_left_to_the_compiler():
     mesh = meshes.make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
     x, w = jnp.ones((8, 4, 16)), jnp.ones((16, 32))
-    with use(Layout(mesh, rings=(2, 2))):
-        assert rings._placed(Layout(mesh, rings=(2, 2)), x, w, ("embed", "mlp")) is None
+    assert rings._placed(Layout(mesh, rings=(2, 2)), x, w, ("embed", "mlp")) is None
+    with pytest.raises(InputError, match="mesh.tensor 2 use mesh.weights_by=compiler"):
+        legal.check(Layout(mesh, rings=(2, 2)), legal.Facts("decoder"))
+    legal.check(ringed(), legal.Facts("decoder"))
     fsdp = Layout(Mesh(mesh.devices.reshape(1, 1, 8, 1, 1, 1), mesh.axis_names, axis_types=(AxisType.Auto,) * 6))
     assert rings._placed(fsdp, x, w, ("embed", "mlp")) is None, "no rings asked for"
