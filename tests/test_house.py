@@ -176,3 +176,9 @@ def test_readme_tree_is_the_real_tree():
     named = {f for f in named if f.split("/")[0] in ("bigmodel_jax", "configs", "benchmarks")}
     assert named - code == set(), "named in README, not in the tree"
     assert code - named == set(), "in the tree, not named in README"
+
+
+def test_no_two_test_files_have_one_name():
+    """pytest imports them by name."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)
