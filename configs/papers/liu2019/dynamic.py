@@ -3,9 +3,9 @@
     bigmodel study run configs/papers/liu2019/dynamic.py --workdir runs/dynamic --processes 2
     bigmodel study report configs/papers/liu2019/dynamic.py --workdir runs/dynamic
 
-As configs/papers/devlin2019/masking.py: pretrained on reviews, fine-tuned to judge them. Static masks are drawn once for
-each text, dynamic ones anew each time it is seen; the paper's static ones are ten to each text. 3,200 steps are about
-eight epochs, so that a static mask is seen eight times; the paper sees each of its masks four times.
+As configs/papers/devlin2019/masking.py: pretrained on reviews, fine-tuned to judge them. Static masks are drawn once
+for each text, dynamic ones anew each time it is seen; the paper's static ones are ten to each text. 3,200 steps
+are about eight epochs, so that a static mask is seen eight times; the paper sees each of its masks four times.
 """
 
 from configs import bert

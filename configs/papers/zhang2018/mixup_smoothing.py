@@ -4,8 +4,8 @@
     bigmodel study report configs/papers/zhang2018/mixup_smoothing.py --workdir runs/mixup_smoothing
 
 Mixup in its paper (figure 3a) lowers the CIFAR-10 error of a PreAct ResNet-18 from 5.6 to 4.2%; label smoothing in
-its (table 3) the ImageNet top-1 error of an Inception network from 23.1 to 22.8%. Here: ResNet-14 on 500 of scikit-learn's 8x8
-digits, few enough for a regulariser to matter.
+its (table 3) the ImageNet top-1 error of an Inception network from 23.1 to 22.8%. Here: ResNet-14 on 500 of
+scikit-learn's 8x8 digits, few enough for a regulariser to matter.
 """
 
 from ml_collections import ConfigDict
