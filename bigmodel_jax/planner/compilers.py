@@ -57,6 +57,8 @@ GPU_CONFIGS = {
     "a100": _AMPERE.format(bandwidth=2039000000000, memory=85095677952, kind="NVIDIA A100-SXM4-80GB"),
 }
 
+CUDNN = 90800
+"""Version of cuDNN that GPU programs are compiled for, as in the descriptions above."""
 MISSING = {
     "tpu": 'libtpu is not here (pip install "bigmodel_jax[plan]")',
     "gpu": "jax's CUDA compiler is not here (bash launch/compilers)",
@@ -118,6 +120,7 @@ def devices(target: Target, simulated: bool) -> list[Any]:
     """
     import jax
     from jax._src import xla_bridge
+    from jax._src.cudnn import fused_attention_stablehlo
     from jax.experimental import topologies
 
     if simulated or target.platform in ("cpu", ""):
@@ -129,6 +132,8 @@ def devices(target: Target, simulated: bool) -> list[Any]:
             options |= {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}
     else:
         xla_bridge.discover_pjrt_plugins()
+        # jax asks the cuDNN library for its version before it writes a call of it; to compile, none is needed.
+        fused_attention_stablehlo.check_cudnn_version = lambda: CUDNN
         name, options = "", {"topology": f"1x{target.topology}", "target_config": GPU_CONFIGS[target.chip]}
     platform = {"tpu": "tpu", "gpu": "cuda"}[target.platform]
     try:
