@@ -172,14 +172,13 @@ def _answer(place: Path, config: dict[str, Any], target: Target, simulated: bool
     import jax
 
     from bigmodel_jax import experiment
-    from bigmodel_jax.models.target import compile_for as kernels_for
     from bigmodel_jax.programs import Programs
 
     jax.config.update("jax_enable_compilation_cache", False)
     jax.config.update("jax_enable_x64", config["runtime"]["x64"])
     devices = compilers.devices(target, simulated)
     platform = "cpu" if simulated else target.platform or jax.default_backend()
-    with kernels_for(platform):
+    with compilers.tracing(platform):
         exp = experiment.build(config, devices=devices, load=False)
         programs = Programs(exp)
         size = max(exp.batch_sizes())

@@ -9,15 +9,18 @@ The folder is $BIGMODEL_COMPILERS, by default ~/.cache/bigmodel_jax/compilers, w
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from bigmodel_jax.data.storage import cache_root
 from bigmodel_jax.errors import InputError
+from bigmodel_jax.models import target as kernels
 from bigmodel_jax.planner.targets import Target
 
 # XLA's description of a GPU, as text of its proto `GpuTargetConfigProto`. Written by hand from NVIDIA's data sheets
@@ -112,6 +115,22 @@ def environment(target: Target, simulated: bool) -> dict[str, str]:
     return out
 
 
+@contextlib.contextmanager
+def tracing(platform: str) -> Iterator[None]:
+    """Inside, steps are traced as on `platform`, whatever runs here."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    asked = cudnn.check_cudnn_version
+    if platform == "gpu":
+        # jax asks the cuDNN library for its version before it writes a call of it; to compile, none is needed.
+        cudnn.check_cudnn_version = lambda: CUDNN
+    try:
+        with kernels.compile_for(platform):
+            yield
+    finally:
+        cudnn.check_cudnn_version = asked
+
+
 def devices(target: Target, simulated: bool) -> list[Any]:
     """The devices to build a mesh of, in a process with `environment(target, simulated)`.
 
@@ -120,7 +139,6 @@ def devices(target: Target, simulated: bool) -> list[Any]:
     """
     import jax
     from jax._src import xla_bridge
-    from jax._src.cudnn import fused_attention_stablehlo
     from jax.experimental import topologies
 
     if simulated or target.platform in ("cpu", ""):
@@ -132,8 +150,6 @@ def devices(target: Target, simulated: bool) -> list[Any]:
             options |= {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}
     else:
         xla_bridge.discover_pjrt_plugins()
-        # jax asks the cuDNN library for its version before it writes a call of it; to compile, none is needed.
-        fused_attention_stablehlo.check_cudnn_version = lambda: CUDNN
         name, options = "", {"topology": f"1x{target.topology}", "target_config": GPU_CONFIGS[target.chip]}
     platform = {"tpu": "tpu", "gpu": "cuda"}[target.platform]
     try:

@@ -22,9 +22,9 @@ from jax.sharding import AbstractMesh, AxisType
 from bigmodel_jax import experiment, tree
 from bigmodel_jax.errors import InputError
 from bigmodel_jax.learn import state as states
-from bigmodel_jax.models.target import compile_for as kernels_for
 from bigmodel_jax.parallel.mesh import AXES, BATCH_AXES, check_batch
 from bigmodel_jax.parallel.rules import STATE_AXES, Layout
+from bigmodel_jax.planner.compilers import tracing
 from bigmodel_jax.programs import Programs
 
 
@@ -145,7 +145,7 @@ def traced(config: Mapping[str, Any], platform: str) -> Traced:
 @functools.lru_cache(maxsize=64)
 def _traced(text: str, platform: str) -> Traced:
     config = json.loads(text)
-    with kernels_for(platform):
+    with tracing(platform):
         exp = experiment.build(config, devices=jax.devices("cpu")[:1], load=False)
         programs = Programs(exp)
         stream, rest, fixed = _residuals(exp, programs)
