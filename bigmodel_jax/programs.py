@@ -151,7 +151,8 @@ class Programs:
         gradients = states.gradients(self.state, self.axes, exp.layout)
         fn = self.train_step(exp.learning_rate, exp.tx, exp.layout, gradients)
         batch = abstract_batch(exp.spec, self.batch_sharding, exp.cut(batch_size))
-        return steps.jit_train_step(fn, self.shardings, exp.mesh).lower(self.state, batch, jax.eval_shape(jax.random.key, 0))
+        key = jax.eval_shape(jax.random.key, 0)
+        return steps.jit_train_step(fn, self.shardings, exp.mesh).lower(self.state, batch, key)
 
     def _compile_step(self, batch_size: int) -> Any:
         compiled = self.lower_step(batch_size).compile()
