@@ -49,7 +49,7 @@ class MeshSize:
 
     slices: groups of devices with a slow network between them, which only the data axis crosses. The other
     leaves are those of `Layout` in parallel/rules.py: context_by: "ring" or "ulysses". microbatches, repeats: of a
-    pipeline. weights_by: who gathers weights over fsdp and sums their gradients, the "compiler" or "rings", see
+    pipeline. weights_by: who scatters the gradients of weights over fsdp, the "compiler" or "rings", see
     parallel/rings.py. zero: 3, or 1 for optimizer state only. offload: "" or "optimizer". dispatch, room: of experts.
     """
 

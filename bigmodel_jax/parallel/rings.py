@@ -1,10 +1,10 @@
-"""Weights gathered, and gradients scattered, along one ring of a torus after the other.
+"""Gradients of weights scattered along one ring of a torus after the other.
 
 XLA for TPU (libtpu 0.0.52) turns a reduce-scatter among all devices of a torus into an all-reduce over all its
-dimensions and a slice, and on three dimensions an all-gather into an all-reduce too: that uses every link, but puts
-twice the bytes on them. A reduce-scatter along a single ring stays one. So here a product with a weight runs on each
-device for its own rows (`own_rows`): the weight's shards come together ring by ring, the last of them whole, and the
-gradient's partial sums go back ring by ring, whole along the first.
+dimensions and a slice: that uses every link, but puts twice the bytes on them, and holds the whole sum on each device.
+A reduce-scatter along a single ring stays one. So here a product with a weight runs on each device for its own rows
+(`own_rows`): the weight's shards are gathered in one go, and the gradient's partial sums go back ring by ring, whole
+along the first.
 
 Whether less is also faster depends on the hardware: `bigmodel plan` predicts both (mesh.weights_by).
 """
@@ -85,10 +85,7 @@ def _placed(layout: Layout | None, x: jax.Array, w: jax.Array, axes: Sequence[st
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def whole(w: jax.Array, dim: int, rings: tuple[int, ...]) -> jax.Array:
     """A shard cut over fsdp along `dim` to the whole array. Inside `shard_map`; the gradient is summed over fsdp."""
-    w = jnp.moveaxis(w, dim, 0)  # TPU scatters along major dimensions alone, and gathers best there
-    for groups in reversed(_groups(rings)):
-        w = jax.lax.all_gather(w, AXIS, axis=0, tiled=True, axis_index_groups=groups)
-    return jnp.moveaxis(w, 0, dim)
+    return jax.lax.all_gather(w, AXIS, axis=dim, tiled=True)
 
 
 def _whole_forward(w: jax.Array, dim: int, rings: tuple[int, ...]) -> tuple[jax.Array, None]:
@@ -104,15 +101,15 @@ whole.defvjp(_whole_forward, _whole_backward)
 
 def summed(g: jax.Array, dim: int, rings: tuple[int, ...]) -> jax.Array:
     """Each device's array to its shard, along `dim`, of the sum over fsdp. Inside `shard_map`."""
-    g = jnp.moveaxis(g, dim, 0)
+    g = jnp.moveaxis(g, dim, 0)  # TPU scatters along major dimensions alone
     for groups in _groups(rings):
         g = jax.lax.psum_scatter(g, AXIS, scatter_dimension=0, tiled=True, axis_index_groups=groups)
     return jnp.moveaxis(g, 0, dim)
 
 
 def spread(w: jax.Array, cut: Pieces, width: int) -> jax.Array:
-    """[pieces, *w.shape]: a copy of a weight for each piece, gathered by rings along its dimension of size `width`
-    where the active layout has them."""
+    """[pieces, *w.shape]: a copy of a weight for each piece, gathered here along its dimension of size `width` where
+    the active layout has rings."""
     dim = _dimension(w.shape, cut, width)
     if dim is None:
         return cut.pin(jnp.broadcast_to(w, (cut.count, *w.shape)))
@@ -126,7 +123,7 @@ def spread(w: jax.Array, cut: Pieces, width: int) -> jax.Array:
 
 def total(g: jax.Array, cut: Pieces, width: int, dtype: Any) -> jax.Array:
     """The sum of [pieces, ...] over its pieces; by rings, and as every other weight's in its `dtype`, where `spread`
-    gathers by them."""
+    gathers."""
     dim = _dimension(g.shape[1:], cut, width)
     if dim is None:
         return jnp.sum(g, axis=0)
@@ -144,7 +141,7 @@ def total(g: jax.Array, cut: Pieces, width: int, dtype: Any) -> jax.Array:
 
 
 def _dimension(shape: tuple[int, ...], cut: Pieces, width: int) -> int | None:
-    """The dimension of a weight that rings gather, or None."""
+    """The dimension of a weight that is gathered here, or None."""
     layout = active()
     if layout is None or not layout.rings or cut.count != layout.mesh.size or AXIS not in cut.axes:
         return None

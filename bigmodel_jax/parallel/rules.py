@@ -74,8 +74,8 @@ class Layout:
     offload: "optimizer" keeps the optimizer state in host memory between steps.
     dispatch: how choices of dropless experts travel, "bounded" or "ragged" (TPU only). room: of one device on
       another, as a multiple of an even share; 0 has room for all. See models/dispatch.py.
-    rings: sizes of the rings that the fsdp axis runs along, to gather weights and sum gradients along one after the
-      other; () leaves both to the compiler. See parallel/rings.py.
+    rings: sizes of the rings that the fsdp axis runs along, to scatter gradients along one after the other; () leaves
+      that to the compiler. See parallel/rings.py.
     apart: mesh axes on each place of which the work at hand is done for itself, see `within`.
     """
 

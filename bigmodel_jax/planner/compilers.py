@@ -146,6 +146,7 @@ def devices(target: Target, simulated: bool) -> list[Any]:
     options: dict[str, Any] = {}
     if target.platform == "tpu":
         name, options = f"{target.chip}:{target.topology}", {"num_slices": target.slices} if target.slices > 1 else {}
+        options["wrap"] = target.wrap
         if target.chip == "v4":
             options |= {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}
     else:

@@ -286,6 +286,8 @@ def read(text: str) -> Module:
                 found = _instruction(line, number)
             except (ValueError, IndexError, AttributeError, RunError) as error:
                 raise RunError(f"compiled program, line {number} is not understood ({error}): {line[:200]}") from error
+            for name in found.operands:
+                _element(current, name, number)
             current.instructions[found.name] = found
     if current is not None or not module.entry:
         raise RunError("compiled program: the text ends before its entry computation does")
@@ -305,6 +307,19 @@ def _whole(lines: list[str]) -> Iterator[tuple[int, str]]:
                 line += lines[number]
         yield start, line
         number += 1
+
+
+def _element(where: Computation, name: str, line: int) -> None:
+    """Dumps of a program write "tuple.3#0" for an element of a tuple, which `as_text` gives an instruction: so here."""
+    whole, hash_, index = name.rpartition("#")
+    if not hash_ or name in where.instructions:
+        return
+    _element(where, whole, line)
+    if whole in where.instructions:
+        shape = where.instructions[whole].shape[int(index)]
+        rest = f" index={index}"
+        made = Instruction(name, "get-tuple-element", shape, (whole,), rest, root=False, line=line)
+        where.instructions[name] = made
 
 
 def _check(computation: Computation, number: int) -> None:

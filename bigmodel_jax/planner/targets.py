@@ -65,6 +65,15 @@ class Target:
     def hosts(self) -> int:
         return self.devices // self.per_host if self.per_host else 0
 
+    @property
+    def wrap(self) -> tuple[bool, bool, bool]:
+        """Dimensions of a TPU topology whose ends are joined: all of a v4 or v5p slice made of whole cubes of 4 x 4 x
+        4, and those of 16 of a v5e or v6e slice. Of a topology that is asked for by name alone libtpu assumes none."""
+        joined = tuple(size == 16 for size in self.shape)
+        if len(self.shape) == 3:
+            joined = (all(size % 4 == 0 for size in self.shape),) * 3
+        return (*joined, False)[:3]
+
     def __str__(self) -> str:
         return self.name
 

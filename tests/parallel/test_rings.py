@@ -1,4 +1,4 @@
-"""Weights gathered and gradients summed ring by ring: the numbers of one device, by reduce-scatters."""
+"""Gradients scattered ring by ring: the numbers of one device, by reduce-scatters."""
 
 from __future__ import annotations
 

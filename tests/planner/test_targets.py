@@ -55,5 +55,19 @@ def test_what_is_no_target_is_answered_in_one_line(text, says):
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "text, wrap",
+    [
+        ("v5p:8x8x8", (True, True, True)),
+        ("v5p:2x4x4", (False, False, False)),
+        ("v5e:16x16", (True, True, False)),
+        ("v6e:8x16", (False, True, False)),
+        ("v5e:8x8", (False, False, False)),
+    ],
+)
+def test_the_ends_of_a_dimension_are_joined_as_in_the_machine(text, wrap):
+    assert parse(text).wrap == wrap
+
+
 def test_here_has_no_size_of_its_own():
     assert parse("here").devices == 0 and parse("here").platform == ""
