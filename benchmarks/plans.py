@@ -57,13 +57,16 @@ def measure(model: str, target: str) -> dict:
     where = targets.parse(target)
     compiled = compile_for(config, where, limit_s=3600)
     found = verdict.judge(config, where, compiled)
-    figures = {**found.memory, **found.time, **found.run}
     return {
         "config": MODELS[model], "overrides": list(words), "mesh": {k: v for k, v in found.mesh.items() if v > 1},
         "fits": found.fits, "reason": found.reason, "compiler": compiled.compiler, "label": compiled.label,
-        "figures": {name: {"value": f.value, "unit": f.unit, "from": f.source} for name, f in figures.items()},
+        "memory": _figures(found.memory), "time": _figures(found.time | found.run),
         "cpu_s": compiled.cpu_s, "peak_rss": compiled.peak_rss, "jax": jax.__version__,
     }  # fmt: skip
+
+
+def _figures(figures: dict[str, verdict.Figure]) -> dict[str, dict]:
+    return {name: {"value": f.value, "unit": f.unit, "from": f.source} for name, f in figures.items()}
 
 
 def markdown(rows: dict) -> str:
@@ -85,19 +88,19 @@ def markdown(rows: dict) -> str:
                 continue
             layout = ", ".join(f"{axis} {size}" for axis, size in row["mesh"].items())
             layout += "".join(f", {w.removeprefix('--config.')}" for w in row["overrides"] if "microbatch" in w)
-            cells = [_cell(row, *what) for what in (
-                ("needs", 2**30, ".2f"), ("memory", 2**30, ".1f"), ("step", 1, ".2f s"), ("MFU", 0.01, ".0f%"),
-                ("tokens/s", 1e6, ".2f"), ("days", 1, ".1f"))]  # fmt: skip
+            cells = [_cell(row["memory"], name, 2**30, form) for name, form in (("needs", ".2f"), ("memory", ".1f"))]
+            cells += [_cell(row["time"], *what) for what in (
+                ("step", 1, ".2f s"), ("MFU", 0.01, ".0f%"), ("tokens/s", 1e6, ".2f"), ("days", 1, ".1f"))]  # fmt: skip
             fits = {True: "yes", False: "**no**", None: "n/a"}[row["fits"]]
             cost = f"{row['cpu_s']:.0f} | {row['peak_rss'] / 2**30:.2f}"
             lines.append(" | ".join(["", model, target, layout, *cells[:2], fits, *cells[2:], cost, ""]).strip())
     return "\n".join(lines) + "\n"
 
 
-def _cell(row: dict, name: str, unit: float, form: str) -> str:
-    value = row["figures"].get(name, {}).get("value")
+def _cell(figures: dict[str, dict], name: str, unit: float, form: str) -> str:
+    value = figures.get(name, {}).get("value")
     digits = form.rstrip("s% ")
-    return "n/a" if value is None else f"{value / unit:{digits}}{form[len(digits):]}"
+    return "n/a" if value is None else f"{value / unit:{digits}}{form[len(digits) :]}"
 
 
 def main() -> None:

@@ -50,11 +50,6 @@ def transformer_forward(
     return 2.0 * matmul + 4.0 * layers * length * heads * head_dim
 
 
-def transformer_training(**shape: float) -> float:
-    """Training FLOPs per token: 6 N_matmul + 12 layers length heads head_dim."""
-    return training(transformer_forward(**shape))  # type: ignore[arg-type]
-
-
 def conv_forward(height: int, width: int, kernel: int, inputs: int, outputs: int, groups: int = 1) -> float:
     """Forward FLOPs of one square convolution with `height` x `width` outputs."""
     return 2.0 * height * width * kernel**2 * inputs * outputs / groups

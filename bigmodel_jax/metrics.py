@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from bigmodel_jax import events
+from bigmodel_jax import atomic, events
 from bigmodel_jax.parallel import hosts
 
 RESERVED = ("step", "event", "name", "time")
@@ -133,9 +133,7 @@ class Log:
         if not content:
             path.unlink()
             return
-        temporary = path.parent / f".{path.name}.{os.getpid()}"
-        temporary.write_bytes(content)
-        temporary.replace(path)
+        atomic.write(path, content)
 
     def write(self, step: int, row: Mapping[str, Any], *, event: str = "", name: str = "") -> None:
         """Append one row of numbers and mirror its scalars to TensorBoard.
@@ -320,14 +318,6 @@ class Clock:
         if self.flops_per_example and self.peak:
             found["mfu"] = examples * self.flops_per_example / seconds / self.peak
         return found
-
-    def eta(self, remaining: int) -> float | None:
-        """Seconds until `remaining` more steps are done at the mean pace so far, stops included."""
-        if self.steps == 0:
-            return None
-        self._settle()
-        once = sum(self._total.get(name, 0.0) for name in ("prepare", "compile"))
-        return remaining * (self._now() - self.began - once) / self.steps
 
     def summary(self) -> dict[str, Any]:
         """wall_s, seconds per span (they add up to it), goodput, steps, examples, marks (s)."""

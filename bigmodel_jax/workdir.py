@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from bigmodel_jax import schema
+from bigmodel_jax import atomic, schema
 from bigmodel_jax.errors import InputError, NumericAbort
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets", "sentencepiece")
@@ -85,10 +85,8 @@ def lock(workdir: epath.Path) -> Iterator[None]:
 
 
 def write_json(path: epath.Path, value: Any) -> None:
-    """Write through a temporary name, so that a reader never sees half a file."""
-    temporary = path.parent / f".{path.name}.{os.getpid()}"
-    temporary.write_text(json.dumps(value, indent=1, sort_keys=True, default=str) + "\n")
-    temporary.replace(path)
+    """Write in one step, so that a reader never sees half a file."""
+    atomic.write(path, json.dumps(value, indent=1, sort_keys=True, default=str) + "\n")
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ FLOORS = {
     "parallel": 2,
     "tree": 1, "flops": 1, "chips": 1, "data": 1, "measures": 1, "agreement": 1, "schema": 1, "mup": 1,
     "variants": 1, "fingerprint": 1,
-    "errors": 0, "": 0,
+    "errors": 0, "atomic": 0, "": 0,
 }  # fmt: skip
 NEVER_EACH_OTHER = [("learn", "models")]
 ONLY = {

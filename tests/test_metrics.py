@@ -172,7 +172,6 @@ def test_clock_spans_are_exclusive_and_add_up_to_wall_time():
     assert rates["tokens_per_s"] == pytest.approx(3200 / 7.75)
     assert rates["mfu"] == pytest.approx(32e9 / 7.75 / 1e12)
     assert clock.rates() == rates  # two readers see the same
-    assert clock.eta(10) == pytest.approx(10 * 17.0 / 4)
 
 
 def test_clock_without_a_known_peak_claims_no_mfu():

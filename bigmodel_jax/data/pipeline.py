@@ -128,10 +128,6 @@ class Pipeline:
         return self.ramp.step_at(-int(-epochs * len(self) // 1))
 
     @property
-    def steps_per_epoch(self) -> int:
-        return self.steps(1)
-
-    @property
     def num_eval_batches(self) -> int:
         """Batches that read the data once, the last padded."""
         return -(-len(self) // self.ramp.size(0))

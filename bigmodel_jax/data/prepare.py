@@ -18,16 +18,18 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bigmodel_jax import atomic
 from bigmodel_jax.data import dedup
 from bigmodel_jax.data.corpus import Entry, list_entries, printable, read_bytes
 from bigmodel_jax.data.filters import Filters
 from bigmodel_jax.data.published import FOLDER
 from bigmodel_jax.data.selection import Progress, Recipe, content_hash, deduplicate, read_into, split
-from bigmodel_jax.data.shards import Spool, token_dtype, write_file, write_split
+from bigmodel_jax.data.shards import Spool, token_dtype, write_split
 from bigmodel_jax.data.storage import is_url
 from bigmodel_jax.data.tokenizer import (
     KINDS,
@@ -237,7 +239,7 @@ class _Job:
         if meta["inputs"]["listing"] != self.listing:  # same content, newer files
             meta["inputs"]["listing"] = self.listing
             with contextlib.suppress(OSError):  # a shared read-only copy is only slower to recognise
-                write_file(os.path.join(self.out, "meta.json"), _json(meta))
+                atomic.write(os.path.join(self.out, "meta.json"), _json(meta))
         return meta
 
     def _difference(self, made_from: dict[str, Any]) -> str | None:
@@ -259,14 +261,14 @@ class _Job:
             if os.path.lexists(self.partial):
                 shutil.rmtree(self.partial)
             os.makedirs(self.work)
-            write_file(key, self.key.encode())
+            atomic.write(key, self.key.encode())
         if not os.path.exists(ready):
             try:
                 meta = self._build()
             except InputError:  # the next attempt will be with other settings or inputs
                 shutil.rmtree(self.partial, ignore_errors=True)
                 raise
-            write_file(ready, _json(meta))
+            atomic.write(ready, _json(meta))
         return self._publish()
 
     def _build(self) -> dict[str, Any]:
@@ -345,6 +347,8 @@ class _Job:
 
     def _publish(self) -> dict[str, Any]:
         shutil.rmtree(self.work, ignore_errors=True)
+        for unfinished in Path(self.partial).glob(".*"):  # of attempts that were killed
+            unfinished.unlink()
         old = self.beside("old")
         replaced = os.path.isdir(self.out)
         if replaced:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from bigmodel_jax import atomic
 from bigmodel_jax.data.pieces import SPACE, Tokenizer, cores, one_line, piece_bytes, utf8
 from bigmodel_jax.data.storage import is_url, join, read_bytes
 from bigmodel_jax.errors import InputError
@@ -78,10 +79,7 @@ class Published(Tokenizer):
 
     def save(self, directory: str) -> str:
         for name, content in self.files.items():
-            path = os.path.join(directory, name)
-            with open(path + ".tmp", "wb") as file:
-                file.write(content)
-            os.replace(path + ".tmp", path)
+            atomic.write(os.path.join(directory, name), content)
         return FOLDER
 
 

@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from bigmodel_jax import atomic
 from bigmodel_jax.data import dedup
 from bigmodel_jax.data.corpus import Entry, Tally, read_documents
 from bigmodel_jax.data.filters import Filters, normaliser
-from bigmodel_jax.data.shards import Spool, write_file
+from bigmodel_jax.data.shards import Spool
 from bigmodel_jax.data.tokenizer import check_settings
 from bigmodel_jax.errors import InputError
 
@@ -120,7 +121,7 @@ def read_into(work: str, entries: Sequence[Entry], recipe: Recipe, progress: Pro
         "content": content.hexdigest(),
     }
     stage["examples"] = refused.examples | filtered.examples
-    write_file(os.path.join(work, "read.json"), json.dumps(stage).encode())
+    atomic.write(os.path.join(work, "read.json"), json.dumps(stage).encode())
 
 
 def deduplicate(

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from bigmodel_jax import atomic
 from bigmodel_jax.data.tokenizer import Tokenizer
 
 _BATCH_BYTES = 4 << 20  # text tokenised at once
@@ -24,15 +25,6 @@ _BATCH_BYTES = 4 << 20  # text tokenised at once
 def token_dtype(vocab_size: int) -> str:
     """Smallest token type that holds every id."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
-
-
-def write_file(path: str, data: bytes) -> None:
-    """Put `data` at `path` in one step: after a crash the file is whole or absent."""
-    with open(path + ".tmp", "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".tmp", path)
 
 
 class Spool:
@@ -86,7 +78,7 @@ class _Shard:
         path = os.path.join(self._folder, self._name)
         index = np.array(self._ends, "<u8").tobytes()
         os.replace(f"{path}.bin.tmp", f"{path}.bin")
-        write_file(f"{path}.idx", index)
+        atomic.write(f"{path}.idx", index)
         entry = {
             "file": f"{self._name}.bin",
             "tokens": self.tokens,
@@ -94,7 +86,7 @@ class _Shard:
             "bytes": self.bytes,
         }
         entry |= {"sha256": self._hash.hexdigest(), "idx_sha256": hashlib.sha256(index).hexdigest()}
-        write_file(record, json.dumps({"shard": entry, "next": next_document}).encode())
+        atomic.write(record, json.dumps({"shard": entry, "next": next_document}).encode())
         return entry
 
     def abandon(self) -> None:

@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
+from bigmodel_jax import atomic
 from bigmodel_jax.data.corpus import read_bytes
 from bigmodel_jax.data.pieces import SPACE, Bytes, Tokenizer, cores, one_line, piece_bytes, utf8
 from bigmodel_jax.data.published import FOLDER, open_published
@@ -123,12 +124,7 @@ class SentencePiece(Tokenizer):
         return result
 
     def save(self, directory: str) -> str:
-        path = os.path.join(directory, MODEL_FILE)
-        with open(path + ".tmp", "wb") as file:
-            file.write(self.model)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path + ".tmp", path)
+        atomic.write(os.path.join(directory, MODEL_FILE), self.model)
         return MODEL_FILE
 
 

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from bigmodel_jax import atomic
 from bigmodel_jax.errors import InputError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -331,7 +332,5 @@ def write_folder(
         "metadata": {"total_size": total},
         "weight_map": {name: file for file, part in zip(names, shards, strict=True) for name in part},
     }
-    temporary = place / f"{INDEX}.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(index, indent=1) + "\n")
-    temporary.replace(place / INDEX)
+    atomic.write(place / INDEX, json.dumps(index, indent=1) + "\n")
     return [*names, INDEX]

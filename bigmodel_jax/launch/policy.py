@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from bigmodel_jax import atomic
 from bigmodel_jax.errors import EXIT_INPUT, EXIT_NUMERIC, EXIT_PREEMPTED, EXIT_WATCHDOG
 
 RETRIES = 3
@@ -98,9 +99,7 @@ def consider(workdir: str | os.PathLike, codes: Sequence[int]) -> Verdict:
         books = Books()
     verdict, books = decide(codes, books, newest_checkpoint(workdir))
     if path.parent.is_dir():
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(books._asdict()) + "\n")
-        temporary.replace(path)
+        atomic.write(path, json.dumps(books._asdict()) + "\n")
     return verdict
 
 

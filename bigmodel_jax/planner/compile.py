@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bigmodel_jax import tree
+from bigmodel_jax import atomic, tree
 from bigmodel_jax.data.storage import cache_root
 from bigmodel_jax.errors import InputError, RunError
 from bigmodel_jax.planner import compilers
@@ -163,9 +163,7 @@ def main(place: Path) -> None:
         answer = _answer(place, request["config"], target, request["simulated"])
     except InputError as error:
         answer = {"status": "input_error", "message": str(error)}
-    unfinished = place / "answer.json.new"
-    unfinished.write_text(json.dumps(answer))
-    unfinished.rename(place / "answer.json")
+    atomic.write(place / "answer.json", json.dumps(answer))
 
 
 def _answer(place: Path, config: dict[str, Any], target: Target, simulated: bool) -> dict[str, Any]:

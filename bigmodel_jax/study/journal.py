@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bigmodel_jax import atomic
+
 
 def write(path: Path, value: Any) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=1, default=str) + "\n")
-    temporary.replace(path)
+    atomic.write(path, json.dumps(value, indent=1, default=str) + "\n")
 
 
 def append(path: Path, value: Any) -> None:

@@ -212,10 +212,8 @@ def test_ramp_is_continuous():
     flat = np.concatenate([pipe.batch(step)["x"] for step in range(20)])
     assert flat.tolist() == [int(plain.batch(p)["x"][0]) for p in range(len(flat))]
     assert [pipe.size(s) for s in (0, 4, 5, 7, 8, 99)] == [2, 2, 7, 7, 16, 16]
-    assert pipe.steps(1) == pipe.steps_per_epoch == 5 + 3 + 3 and pipe.ramp.offset(
-        11
-    ) >= 64 > pipe.ramp.offset(10)
-    assert plain.steps(2.5) == 160 and Pipeline(numbers(10), 4).steps_per_epoch == 3
+    assert pipe.steps(1) == 5 + 3 + 3 and pipe.ramp.offset(11) >= 64 > pipe.ramp.offset(10)
+    assert plain.steps(2.5) == 160 and Pipeline(numbers(10), 4).steps(1) == 3
 
 
 def test_mixture_pipeline_is_pure_and_in_proportion():

@@ -75,10 +75,10 @@ def get_study():
             ),
         ),
         published={
-            "80/10/10": 84.2, "100/0/0": 84.3, "80/0/20": 84.1, "80/20/0": 84.4, "0/80/20": 83.7, "0/100/0": 83.6,
+            "80/10/10": 84.2, "100/0/0": 84.3, "80/0/20": 84.4, "80/20/0": 84.1, "0/80/20": 83.7, "0/100/0": 83.6,
         },
         published_metric="MNLI accuracy after fine-tuning, %",
-        published_source="Devlin et al. 2019, table 8 (its columns are mask, same, random)",
+        published_source="Devlin et al. 2019, table 8 (there the order is mask/same/random)",
         full=bert.get_config("base"),
         budget_minutes=90,
     )  # fmt: skip
