@@ -140,6 +140,11 @@ def _like(sharding: NamedSharding, owner: tuple[int, ...], shape: tuple[int, ...
     return NamedSharding(sharding.mesh, PartitionSpec())
 
 
-def initialize(create_fn: Callable[[jax.Array], State], layout_tree: State, key: jax.Array) -> State:
+def initialize(
+    create_fn: Callable[[jax.Array], State],
+    layout_tree: State,
+    key: jax.Array,
+    compiler_options: dict[str, Any] | None = None,
+) -> State:
     """Run `create_fn(key)` with every leaf made in place, on the devices that keep it."""
-    return jax.jit(create_fn, out_shardings=layout_tree)(key)
+    return jax.jit(create_fn, out_shardings=layout_tree, compiler_options=compiler_options)(key)

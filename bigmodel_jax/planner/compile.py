@@ -256,11 +256,18 @@ def _product(shape: tuple[int, ...]) -> int:
 
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_REFUSALS = (
+    r"[Uu]sed ([\d.]+)([KMGT]?)i?B? of ([\d.]+)([KMGT]?)i?B? hbm",
+    r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)",
+)
 
 
 def out_of_memory(message: str) -> dict[str, int]:
-    """{"needs": bytes, "limit": bytes} from a compiler's refusal; {} where it is another error."""
-    found = re.search(r"[Uu]sed ([\d.]+)([KMGT]?)i?B? of ([\d.]+)([KMGT]?)i?B? hbm", message)
+    """{"needs": bytes, "limit": bytes} from a compiler's refusal; {} where it is another error.
+
+    Needs are those of the temporaries alone where they are too many by themselves: libtpu then says no more.
+    """
+    found = next(filter(None, (re.search(form, message) for form in _REFUSALS)), None)
     if not found:
         return {}
     return {

@@ -86,6 +86,9 @@ def test_a_compilers_refusal_is_read():
     )
     found = compiling.out_of_memory(text)
     assert found == {"needs": int(29.25 * 2**30), "limit": int(15.75 * 2**30)}
+    text = "Ran out of memory on HBM, the total memory required for HLO temporaries (17.07G) exceeds "
+    found = compiling.out_of_memory(text + "available HBM (15.75G). HLO module: jit_train_step.")
+    assert found == {"needs": int(17.07 * 2**30), "limit": int(15.75 * 2**30)}
     assert compiling.out_of_memory("INTERNAL: something else") == {}
 
 
