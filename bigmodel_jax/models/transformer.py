@@ -27,7 +27,7 @@ from bigmodel_jax.models.positions import rotary_table, sinusoidal
 from bigmodel_jax.models.spec import REMAT, EncoderSpec, Spec, taking
 from bigmodel_jax.parallel import pipeline
 from bigmodel_jax.parallel.context import natural, reordered
-from bigmodel_jax.parallel.rings import own_rows
+from bigmodel_jax.parallel.rings import own_tokens
 from bigmodel_jax.parallel.rules import constrain
 
 
@@ -53,7 +53,7 @@ class Embed(nn.Module):
         spec, dim = self.spec, self.spec.token_dim
         if table is None:
             table = weight(self, "tokens", (spec.vocab_size, dim), ("vocab", "embed"), dim, spec)
-        x = own_rows(_read, tokens, table, ("vocab", "embed"))
+        x = own_tokens(_read, tokens, table)
         x = constrain(x, ("rows", "length", "embed_act"))
         if spec.embed_scale != 1.0:
             x = x * jnp.asarray(spec.embed_scale, x.dtype)

@@ -4,7 +4,7 @@ XLA for TPU (libtpu 0.0.52) turns a reduce-scatter among all devices of a torus 
 dimensions and a slice: that uses every link, but puts twice the bytes on them, and holds the whole sum on each device.
 A reduce-scatter along a single ring stays one. So here a product with a weight runs on each device for its own rows
 (`own_rows`): the weight's shards are gathered in one go, and the gradient's partial sums go back ring by ring, whole
-along the first.
+along the first. A token table is not gathered at all (`own_tokens`).
 
 Whether less is also faster depends on the hardware: `bigmodel plan` predicts both (mesh.weights_by).
 """
@@ -80,6 +80,26 @@ def _placed(layout: Layout | None, x: jax.Array, w: jax.Array, axes: Sequence[st
         return None
     place = list(spec(axes, w.shape, layout.mesh, layout.weights))
     return place if [cut for cut in place if cut is not None] == [AXIS] else None
+
+
+def own_tokens(fn: Callable[[Any, jax.Array], jax.Array], ids: jax.Array, table: jax.Array) -> jax.Array:
+    """fn(ids, table), rows [B, L, D] of a table [V, D], where it is cut over fsdp by features: each device reads its
+    features for the tokens of all, and they change rows for features. The table and its gradient stay where they are.
+    """
+    layout, axes = active(), ("vocab", "embed")
+    place = _placed(layout, ids, table, axes)
+    if place is None or place.index(AXIS) == 0:
+        return own_rows(fn, ids, table, axes)
+    rows = PartitionSpec(tuple(axis for axis in BATCH_AXES if layout.size(axis) > 1))
+
+    def local(ids: jax.Array, table: jax.Array) -> jax.Array:
+        with use(None):
+            x = fn(jax.lax.all_gather(ids, AXIS, tiled=True), table)
+        return jax.lax.all_to_all(x, AXIS, split_axis=0, concat_axis=x.ndim - 1, tiled=True)
+
+    return jax.shard_map(
+        local, mesh=layout.mesh, in_specs=(rows, PartitionSpec(*place)), out_specs=rows, check_vma=False
+    )(ids, table)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -102,10 +102,14 @@ def test_the_numbers_are_those_of_one_device_and_no_gradient_of_a_weight_is_summ
     module = read(compiled.as_text())
     spent = costs(module, dict(SIZES))
     scattered = [c for c in spent.collectives if c.kind == "reduce-scatter"]
-    weights = [leaf for path, leaf in found.items() if "norm" not in path]
+    weights = [leaf for path, leaf in found.items() if "norm" not in path and "embed/tokens" not in path]
     assert {c.size for c in scattered} == {2} and all("fsdp" in c.axes for c in scattered)
     # Each weight whole along the first ring, a half of it along the second; each once.
     assert sum(c.payload_bytes for c in scattered) == 1.5 * sum(leaf.nbytes for leaf in weights)
+    # The token table and its gradient stay where they are: rows read are exchanged, forward and backward.
+    tokens = problem()[1]["tokens"]
+    exchanged = [c.payload_bytes for c in spent.collectives if c.kind == "all-to-all"]
+    assert sum(exchanged) == 2 * tokens.size / 8 * MODEL["embed_dim"] * 8
     summed = [c.payload_bytes for c in spent.collectives if c.kind == "all-reduce" and "fsdp" in c.axes]
     assert sum(summed) < 0.1 * sum(leaf.nbytes for leaf in weights)  # norms and the loss
 
