@@ -71,6 +71,7 @@ LAYOUTS = {
     "slices": {"data": 0, "slices": 2},
     "ZeRO-1": {"fsdp": 0, "zero": 1},
     "offload": {"fsdp": 0, "offload": "optimizer"},
+    "rings": {"fsdp": 0, "weights_by": "rings"},
 }
 # Pairs that are one layout or contradict each other, and need no refusal: a mesh cannot say both.
 ONE_AXIS = {
@@ -111,6 +112,7 @@ def mesh_of(names: tuple[str, ...]) -> str:
 def cases() -> list[tuple[str, ...]]:
     """Every layout alone, every pair that a mesh can say, and some of three."""
     pairs = [pair for pair in itertools.combinations(LAYOUTS, 2) if pair not in ONE_AXIS]
+    pairs = [pair for pair in pairs if pair[1] != "rings" or pair[0] == "data"]  # the others are refused
     return [(name,) for name in LAYOUTS] + pairs + TRIPLES
 
 

@@ -123,17 +123,20 @@ def unbroken(config: Path, folder: Path, processes: int) -> str:
 
 
 def trial(fault: str, processes: int, step: int, config: Path, workdir: Path) -> dict[str, Any]:
-    """One injected fault. recovery_s: from the fault until the next start (or the end)."""
+    """One injected fault. From it, detected_s: until a process left (for a kill, the one that was killed); recovery_s:
+    until the next start, or the end."""
     said: list[str] = []
     supervisor = Supervisor(job(config, workdir, processes, late=fault == "never starts"), said.append)
     ended, times = threading.Event(), {}
 
     def inject() -> None:
         if at_step(workdir, step, ended):
-            FAULTS[fault](supervisor.current)
+            attempt = supervisor.current
+            FAULTS[fault](attempt)
             times["fault"] = time.monotonic()
             while supervisor.attempts < 2 and not ended.wait(0.05):
-                pass
+                if "left" not in times and any(code is not None for code in attempt.codes()):
+                    times["left"] = time.monotonic()
             times["again"] = time.monotonic()
 
     began = time.monotonic()
@@ -144,10 +147,11 @@ def trial(fault: str, processes: int, step: int, config: Path, workdir: Path) ->
     ended.set()
     if thread:
         thread.join()
-    recovery = times["again"] - times["fault"] if "again" in times else None
+    since = {name: round(at - times["fault"], 1) for name, at in times.items()}
     return {
         "code": code, "starts": supervisor.attempts, "hash": final_hash(workdir) if code == 0 else "",
-        "recovery_s": recovery and round(recovery, 1), "seconds": round(time.monotonic() - began, 1), "said": said,
+        "detected_s": since.get("left"), "recovery_s": since.get("again"),
+        "seconds": round(time.monotonic() - began, 1), "said": said,
     }  # fmt: skip
 
 

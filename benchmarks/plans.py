@@ -50,7 +50,7 @@ LAYOUTS = {
     ("47B-A13B", "v5p:8x8x8"): ("--config.mesh.fsdp=64", "--config.mesh.expert=8"),
 }  # fmt: skip
 SHOWN = [f"mesh.{axis}" for axis in (*AXES, "slices")]  # by the mesh of a row
-REFUSED = ("8B", "v5e:16x16")  # with 512 rows at once
+REFUSED = ("8B", "v5e:8x8")  # eight rows at once on a device
 # The most telling first.
 ORDER = [("8B", "v5p:8x8x8"), ("8B", "v5e:16x16"), ("8B", "h100:8x8"), ("70B", "v5p:8x8x8"), ("70B", "h100:8x8")]
 ORDER += [(model, target) for target in TARGETS for model in MODELS if (model, target) not in ORDER]
@@ -111,7 +111,7 @@ def markdown(rows: dict) -> str:
             layout += "".join(f", {word}" for word in rest if word.split("=")[0] not in SHOWN)
             cells = [_cell(row["memory"], name, 2**30, form) for name, form in (("needs", ".2f"), ("memory", ".1f"))]
             cells += [_cell(row["time"], *what) for what in (
-                ("step", 1, ".2f s"), ("MFU", 0.01, ".0f%"), ("tokens/s", 1e6, ".2f"), ("days", 1, ".1f"))]  # fmt: skip
+                ("step", 1, ".2f s"), ("MFU", 0.01, ".0f%"), ("tokens/s", 1e6, ".2f"), ("days", 1, ".2f"))]  # fmt: skip
             fits = {True: "yes", False: "**no**", None: "n/a"}[row["fits"]]
             cost = f"{row['cpu_s']:.0f} | {row['peak_rss'] / 2**30:.2f}"
             lines.append(" | ".join(["", model, target, layout, *cells[:2], fits, *cells[2:], cost, ""]).strip())

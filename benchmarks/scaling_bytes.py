@@ -80,13 +80,17 @@ def draw(points: dict) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True, layout="constrained")
     for ax, mode in zip(axes, MODES, strict=True):
-        for layout, colour in zip(LAYOUTS, ("#54a24b", "#4c78a8", "#e45756"), strict=True):
+        for layout, colour, line in zip(LAYOUTS, ("#54a24b", "#4c78a8", "#e45756"), ("-", "--", "-"), strict=True):
             form = [points["closed form"][f"{mode} {layout} {n}"] for n in DEVICES]
-            ax.plot(DEVICES, form, color=colour, label=f"{layout}, closed form")
+            width = 4 if layout == "fsdp" else 1.5  # the same as its replicas up to 256 devices
+            ax.plot(DEVICES, form, line, color=colour, linewidth=width, label=f"{layout}, closed form")
             dots = {n: points["compiled"].get(f"{mode} {layout} {n}") for n in DEVICES}
             found = [(n, dot["wire_gb"]) for n, dot in dots.items() if dot]
             if found:
-                ax.plot(*zip(*found, strict=True), "o", color=colour, label=f"{layout}, compiled")
+                ax.plot(
+                    *zip(*found, strict=True), "o", color=colour, markersize=9 if layout == "fsdp" else 5,
+                    label=f"{layout}, compiled",
+                )  # fmt: skip
         what = f"{ROWS} rows" if mode == "strong" else f"{EACH} rows a device"
         ax.set(xscale="log", yscale="log", xlabel="devices", title=f"{mode} scaling: {what} of {LENGTH} tokens")
         ax.set_xticks(DEVICES, [str(n) for n in DEVICES], rotation=45)

@@ -125,11 +125,19 @@ def closed_form(config: Mapping[str, Any], traced: memory.Traced, mesh: Mapping[
 
     shards = ("fsdp", "expert", "context")
     recomputed = model.get("remat", "none") != "none"
-    for size_, over in ((weights, shards), (experts / mesh["expert"], ("fsdp", "context"))):
-        add("all-gather", over, size_ * narrow / cut, steps * (1.0 + recomputed))
-        add("reduce-scatter", over, size_ * narrow / cut, steps)
+    table = sum(leaf.size for path, leaf in params.items() if path.endswith("embed/tokens"))
+    exchanged = config["mesh"]["weights_by"] == "rings"  # rows of the table are, see parallel/rings.py
+    whole = float(not exchanged or model.get("tied_embeddings", False))
+    for size_, over, gathers, sums in (
+        (weights - table, shards, 1.0 + recomputed, 1.0),
+        (table, shards, whole if exchanged else 1.0 + recomputed, whole),
+        (experts / mesh["expert"], ("fsdp", "context"), 1.0 + recomputed, 1.0),
+    ):
+        add("all-gather", over, size_ * narrow / cut, steps * gathers)
+        add("reduce-scatter", over, size_ * narrow / cut, steps * sums)
         pieces = math.prod(mesh[axis] for axis in over)
         add("all-reduce", ("data",), size_ * 4 / cut / pieces, 1.0)
+    add("all-to-all", ("fsdp",), activation * exchanged, 2.0 * steps)
     passes = 2.0 + recomputed
     add("all-reduce", ("tensor",), activation, 2.0 * layers * passes / mesh["stage"] * steps)
     heads = model.get("num_kv_heads", 0) or model.get("num_heads", 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 
 import pytest
@@ -87,6 +88,13 @@ def test_what_was_compiled_has_the_last_word(config):
     assert first[0].mesh == second[0].mesh or turned[0][0].mesh == second[0].mesh
 
 
+def payloads(spent):
+    out = collections.Counter()
+    for c in spent.collectives:
+        out[c.kind] += c.payload_bytes
+    return out
+
+
 def test_a_slow_link_counts_in_the_closed_form(config):
     mesh = {"data": 1, "stage": 1, "fsdp": 8, "expert": 1, "context": 1, "tensor": 1}
     changed = search.changed_by(config, mesh, "none", 0)
@@ -94,7 +102,13 @@ def test_a_slow_link_counts_in_the_closed_form(config):
     params = 2 * 64 * 64 + 4 * 64 * 64 + 2 * 64 * 256 - 64 * 64  # table, attention, feed-forward
     norms = 3 * 64
     weights = 4 * (params + norms)
-    by_kind = {c.kind: c.payload_bytes for c in spent.collectives}
-    assert by_kind == {"all-gather": weights, "reduce-scatter": weights}
+    assert payloads(spent) == {"all-gather": weights, "reduce-scatter": weights}
+    # Rows of the table are exchanged instead, forward and backward; tied, it is still gathered for the head.
+    changed["mesh"]["weights_by"] = "rings"
+    spent, rows = search.closed_form(changed, memory.traced(changed, "cpu"), mesh), 2 * 4 * 64 * 16 * 64 / 8
+    assert payloads(spent) == {"all-gather": weights, "reduce-scatter": weights, "all-to-all": rows}
+    changed["model"]["tied_embeddings"] = False
+    spent = search.closed_form(changed, memory.traced(changed, "cpu"), mesh)
+    assert payloads(spent) == {"all-gather": weights, "reduce-scatter": weights, "all-to-all": rows}  # the head's alone
     slow = dataclasses.replace(CHIP, link_rate=1e3)
     assert found(config, slow).ranked[0].step_s > 100 * found(config).ranked[0].step_s
