@@ -26,6 +26,7 @@ from bigmodel_jax.parallel.pieces import Pieces
 from bigmodel_jax.parallel.rules import Layout, active, spec, use
 
 AXIS = "fsdp"
+LANES = 128
 
 
 def dimensions(mesh: Mesh) -> tuple[int, ...]:
@@ -85,10 +86,14 @@ def _placed(layout: Layout | None, x: jax.Array, w: jax.Array, axes: Sequence[st
 def own_tokens(fn: Callable[[Any, jax.Array], jax.Array], ids: jax.Array, table: jax.Array) -> jax.Array:
     """fn(ids, table), rows [B, L, D] of a table [V, D], where it is cut over fsdp by features: each device reads its
     features for the tokens of all, and they change rows for features. The table and its gradient stay where they are.
+    It is gathered where it is smaller than what would be read, see `exchanged`.
     """
     layout, axes = active(), ("vocab", "embed")
     place = _placed(layout, ids, table, axes)
     if place is None or place.index(AXIS) == 0:
+        return own_rows(fn, ids, table, axes)
+    together = ids.size // math.prod(layout.size(axis) for axis in BATCH_AXES if axis != AXIS)
+    if not exchanged(together, table.shape, layout.size(AXIS)):
         return own_rows(fn, ids, table, axes)
     rows = PartitionSpec(tuple(axis for axis in BATCH_AXES if layout.size(axis) > 1))
 
@@ -100,6 +105,13 @@ def own_tokens(fn: Callable[[Any, jax.Array], jax.Array], ids: jax.Array, table:
     return jax.shard_map(
         local, mesh=layout.mesh, in_specs=(rows, PartitionSpec(*place)), out_specs=rows, check_vma=False
     )(ids, table)
+
+
+def exchanged(tokens: int, table: tuple[int, ...], shards: int) -> bool:
+    """Whether a device that reads its features of a table [V, D] for so many tokens holds less than the table. Memory
+    of a TPU is laid out in `LANES` of features, however few there are: with thousands of devices it does not."""
+    rows, width = table
+    return tokens * max(width // shards, LANES) < rows * width
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -19,6 +19,7 @@ from bigmodel_jax import experiment, tree
 from bigmodel_jax.chips import Chip
 from bigmodel_jax.errors import InputError
 from bigmodel_jax.models.spec import REMAT
+from bigmodel_jax.parallel import rings
 from bigmodel_jax.parallel.mesh import BATCH_AXES
 from bigmodel_jax.planner import memory
 from bigmodel_jax.planner.collectives import Collective, wire
@@ -125,8 +126,10 @@ def closed_form(config: Mapping[str, Any], traced: memory.Traced, mesh: Mapping[
 
     shards = ("fsdp", "expert", "context")
     recomputed = model.get("remat", "none") != "none"
-    table = sum(leaf.size for path, leaf in params.items() if path.endswith("embed/tokens"))
-    exchanged = config["mesh"]["weights_by"] == "rings"  # rows of the table are, see parallel/rings.py
+    tables = [leaf for path, leaf in params.items() if path.endswith("embed/tokens")]
+    table, read = sum(leaf.size for leaf in tables), round(size / steps * length / mesh["data"])
+    exchanged = config["mesh"]["weights_by"] == "rings" and bool(tables)
+    exchanged &= all(rings.exchanged(read, leaf.shape, mesh["fsdp"]) for leaf in tables)
     whole = float(not exchanged or model.get("tied_embeddings", False))
     for size_, over, gathers, sums in (
         (weights - table, shards, 1.0 + recomputed, 1.0),

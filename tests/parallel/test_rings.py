@@ -96,7 +96,8 @@ def ringed(sizes=SIZES, stages=(2, 2)):
     return Layout(meshes.make_mesh(sizes), rings=stages)
 
 
-def test_the_numbers_are_those_of_one_device_and_no_gradient_of_a_weight_is_summed_whole(x64):
+def test_the_numbers_are_those_of_one_device_and_no_gradient_of_a_weight_is_summed_whole(x64, monkeypatch):
+    monkeypatch.setattr(rings, "LANES", 1)
     found, compiled = gradients(ringed())
     assert worst(reference(), found) < 1e-12
     module = read(compiled.as_text())
@@ -112,6 +113,14 @@ def test_the_numbers_are_those_of_one_device_and_no_gradient_of_a_weight_is_summ
     assert sum(exchanged) == 2 * tokens.size / 8 * MODEL["embed_dim"] * 8
     summed = [c.payload_bytes for c in spent.collectives if c.kind == "all-reduce" and "fsdp" in c.axes]
     assert sum(summed) < 0.1 * sum(leaf.nbytes for leaf in weights)  # norms and the loss
+
+
+def test_a_table_is_gathered_where_it_is_smaller_than_what_would_be_read(x64):
+    llama = (128256, 4096)
+    assert rings.exchanged(256 * 8192, llama, 256) and not rings.exchanged(4096 * 8192, llama, 4096)
+    found, compiled = gradients(ringed())
+    assert worst(reference(), found) < 1e-12
+    assert "all-to-all" not in {c.kind for c in costs(read(compiled.as_text()), dict(SIZES)).collectives}
 
 
 def test_control_rings_in_the_wrong_order_are_seen(x64, monkeypatch):
