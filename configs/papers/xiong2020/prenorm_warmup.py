@@ -10,7 +10,7 @@ as well.
 
 Tried: 8 layers at 4e-3 for 300 steps; there post-norm stays at the entropy of single tokens (3.36 bits per byte) with
 a warm-up of 60 steps as without one, so that warm-up has nothing to show. 6 layers at 1e-3 and 4e-3 do the same for
-110 steps. The setting below has not been run.
+110 steps.
 
 Published: of the four, the paper's text gives two for post-norm with Adam on IWSLT14 ("only 8.45" without and
 "around 34" with warm-up, section 3.2); pre-norm is in figures 5 and 6 as curves only, so it has no number here.
