@@ -53,7 +53,7 @@ def predictions(workdir: Path, name: str) -> dict[str, np.ndarray]:
         from bigmodel_jax.evaluate import collect, spec
         from bigmodel_jax.programs import Programs
 
-        exp = experiment.build(json.loads((workdir / "config.json").read_text()))
+        exp = experiment.build(experiment.resolve(json.loads((workdir / "config.json").read_text())))
         programs, pipeline = Programs(exp), exp.data.evals[name]
         folder = workdir / ("best" if (workdir / "best").exists() else "checkpoints")
         with Checkpointer(folder, readonly=True) as checkpoints:

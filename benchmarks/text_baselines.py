@@ -89,7 +89,7 @@ def counts_accuracy(stream: np.ndarray, batches: list[dict[str, np.ndarray]]) ->
 
 def main(run: str) -> None:
     config = json.loads((Path(run) / "config.json").read_text())
-    exp = experiment.build(config)
+    exp = experiment.build(experiment.resolve(config))
     found = json.loads((Path(run) / "result.json").read_text())["eval"]["validation"]
     held_out = exp.data.evals["validation"]
     train = tokens_of(exp.data.train.source)
