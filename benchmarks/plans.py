@@ -28,6 +28,7 @@ TARGETS = ("v5p:8x8x8", "v5e:16x16", "h100:8x8", "v6e:16x16", "2xv5e:16x16")
 # Rows of 8192 tokens, 512 to a step. Where the plain layout of the config does not fit, what `plan` advised, or what a
 # row per device needs.
 SLICES = ("--config.mesh.slices=2", "--config.mesh.data=2", "--config.mesh.fsdp=256")
+EXPERTS = ("--config.mesh.expert=8", "--config.mesh.room=2.0")  # room for all would be computed with, mostly empty
 OFFLOAD = ("--config.model.remat=offload", "--config.mesh.offload=optimizer")
 LAYOUTS = {
     ("1B", "2xv5e:16x16"): SLICES,
@@ -38,16 +39,13 @@ LAYOUTS = {
     ("70B", "v6e:16x16"): ("--config.microbatch=256",),
     ("70B", "2xv5e:16x16"): (*SLICES, *OFFLOAD),
     ("70B", "h100:8x8"): ("--config.microbatch=64",),
-    ("47B-A13B", "v5e:16x16"): (
-        "--config.mesh.fsdp=32", "--config.mesh.expert=8", "--config.mesh.room=2.0", "--config.microbatch=256",
-    ),
-    ("47B-A13B", "v6e:16x16"): ("--config.mesh.fsdp=32", "--config.mesh.expert=8", "--config.microbatch=256"),
+    ("47B-A13B", "v5e:16x16"): ("--config.mesh.fsdp=32", *EXPERTS, "--config.microbatch=256"),
+    ("47B-A13B", "v6e:16x16"): ("--config.mesh.fsdp=32", *EXPERTS, "--config.microbatch=256"),
     ("47B-A13B", "2xv5e:16x16"): (
-        "--config.mesh.slices=2", "--config.mesh.data=2", "--config.mesh.fsdp=32", "--config.mesh.expert=8",
-        "--config.mesh.room=2.0",
+        "--config.mesh.slices=2", "--config.mesh.data=2", "--config.mesh.fsdp=32", *EXPERTS,
     ),
-    ("47B-A13B", "h100:8x8"): ("--config.mesh.fsdp=8", "--config.mesh.expert=8", "--config.microbatch=64"),
-    ("47B-A13B", "v5p:8x8x8"): ("--config.mesh.fsdp=64", "--config.mesh.expert=8"),
+    ("47B-A13B", "h100:8x8"): ("--config.mesh.fsdp=8", *EXPERTS, "--config.microbatch=64"),
+    ("47B-A13B", "v5p:8x8x8"): ("--config.mesh.fsdp=64", *EXPERTS),
 }  # fmt: skip
 SHOWN = [f"mesh.{axis}" for axis in (*AXES, "slices")]  # by the mesh of a row
 REFUSED = ("8B", "v5e:8x8")  # eight rows at once on a device
