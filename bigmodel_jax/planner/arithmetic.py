@@ -169,7 +169,8 @@ def _pallas(instruction: Instruction, operands: list[tuple[Array, ...]]) -> Work
             return Work(flops, q.dtype, note=f"{named.group()} ({kind}): counted without its mask")
     estimate = _estimate(instruction)
     if estimate:
-        return Work(estimate, operands[0][0].dtype, note=f"{instruction.name}: FLOPs as its author states")
+        widest = max((a for found in operands for a in found), key=lambda a: a.bytes)  # group sizes may come first
+        return Work(estimate, widest.dtype, note=f"{instruction.name}: FLOPs as its author states")
     return Work(unknown=f"tpu_custom_call {instruction.source.rsplit('/', 1)[-1] or instruction.name}")
 
 
