@@ -25,6 +25,7 @@ from bigmodel_jax.planner import search as layouts
 from bigmodel_jax.planner.compile import compile_for
 from bigmodel_jax.planner.targets import Target, parse
 from bigmodel_jax.planner.verdict import Figure, Verdict
+from bigmodel_jax.screen import count
 
 TITLES = {"memory": "memory, per device", "time": "one step", "run": "the run"}
 
@@ -218,11 +219,6 @@ def write(
     (out / "plan.json").write_text(json.dumps(plain, indent=1) + "\n")
     compiled = found.compiled
     picture.draw(
-        out / "layout.png", title=f"{config['model']['name']}, {_count(compiled.work['parameters'])} parameters, on "
+        out / "layout.png", title=f"{config['model']['name']}, {count(compiled.work['parameters'])} parameters, on "
         f"{found.target}: {found.reason}", mesh=found.mesh, hosts=compiled.hosts, leaves=compiled.leaves,
     )  # fmt: skip
-
-
-def _count(number: float) -> str:
-    unit = next((u for u in "TGMK" if number >= 10 ** (3 * ("KMGT".index(u) + 1))), "")
-    return f"{number / 10 ** (3 * ('KMGT'.index(unit) + 1)):.3g}{unit.replace('G', 'B')}" if unit else f"{number:g}"

@@ -25,7 +25,7 @@ from bigmodel_jax.learn import state as states
 from bigmodel_jax.learn import step as steps
 from bigmodel_jax.parallel import rules
 from bigmodel_jax.parallel.feed import abstract_batch
-from bigmodel_jax.programs import Programs, set_up_process
+from bigmodel_jax.programs import Programs, compiler_options, set_up_process
 from bigmodel_jax.screen import Screen
 
 PENALTIES = (0.001, 0.01, 0.1, 1.0, 10.0)
@@ -46,7 +46,8 @@ def features(exp: Experiment, programs: Programs, state: Any, pipeline: Pipeline
         return {"features": hidden, "label": batch["label"]}
 
     fields = abstract_batch(spec(pipeline), programs.eval_sharding, (exp.eval_rows,))
-    step = steps.jit_eval_step(record, programs.shardings, exp.mesh).lower(programs.state, fields).compile()
+    lowered = steps.jit_eval_step(record, programs.shardings, exp.mesh).lower(programs.state, fields)
+    step = lowered.compile(compiler_options())
     found = collect(step, state, pipeline, programs.eval_sharding, exp.eval_rows)
     return found["features"], found["label"]
 

@@ -32,7 +32,7 @@ def _size(number: float) -> str:
     return _short(number, (" B", " KB", " MB", " GB", " TB"))
 
 
-def _count(number: float) -> str:
+def count(number: float) -> str:
     return _short(number, ("", "K", "M", "B", "T"))
 
 
@@ -123,7 +123,7 @@ class Screen:
         device = jax.devices()[0]
         mesh = " x ".join(f"{axis} {size}" for axis, size in exp.mesh.shape.items() if size > 1) or "one device"
         self.say(
-            f"{exp.config['model']['name']}: {_count(tree.count(state['params']))} parameters on "
+            f"{exp.config['model']['name']}: {count(tree.count(state['params']))} parameters on "
             f"{exp.mesh.size} x {device.device_kind} ({mesh}); state {_size(device_bytes(state))} per device"
         )
         if step < self.steps:
@@ -136,9 +136,9 @@ class Screen:
         rates = self.clock.rates()
         note = f"loss {row['loss']:.3f}"
         if rates.get("tokens_per_s"):
-            note += f"  {_count(rates['tokens_per_s'])} tok/s"
+            note += f"  {count(rates['tokens_per_s'])} tok/s"
         elif rates.get("examples_per_s"):
-            note += f"  {_count(rates['examples_per_s'])} examples/s"
+            note += f"  {count(rates['examples_per_s'])} examples/s"
         if rates.get("mfu") is not None:
             note += f"  MFU {100 * rates['mfu']:.1f}%"
         if self.bar is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from bigmodel_jax.errors import InputError, nearest
-from bigmodel_jax.parallel.mesh import batch_shards
+from bigmodel_jax.parallel.mesh import batch_shards, divisors
 from bigmodel_jax.parallel.pipeline import schedule
 from bigmodel_jax.parallel.rules import Layout
 
@@ -43,7 +43,7 @@ def check(layout: Layout, facts: Facts) -> None:
     if size > 1 and not experts:
         raise InputError(f"mesh.expert {size} splits experts, and this {facts.model} has none; use mesh.fsdp instead")
     if size > 1 and experts % size:
-        raise InputError(f"mesh.expert {size} does not divide {experts} experts; legal: {_divisors(experts)}")
+        raise InputError(f"mesh.expert {size} does not divide {experts} experts; legal: {divisors(experts)}")
     shards = batch_shards(layout.mesh)
     if size > 1 and facts.buffers % shards:
         raise InputError(
@@ -55,10 +55,6 @@ def check(layout: Layout, facts: Facts) -> None:
             f"mesh.context {layout.size('context')} cuts the groups of rows that a capacity is counted in; set "
             "model.capacity_factor=0, or use mesh.fsdp"
         )
-
-
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def _choices(layout: Layout) -> None:
@@ -107,14 +103,14 @@ def _stages(layout: Layout, facts: Facts) -> None:
         )
     for layers in facts.stacks:
         if layers % (stages * layout.repeats):
-            legal = [d for d in _divisors(layers) if d % layout.repeats == 0]
+            legal = [d for d in divisors(layers) if d % layout.repeats == 0]
             raise InputError(
                 f"mesh.stage {stages} x mesh.repeats {layout.repeats} does not divide {layers} layers; legal "
                 f"mesh.stage: {[d // layout.repeats for d in legal]}"
             )
     shards, parts = batch_shards(layout.mesh), schedule(layout).microbatches
     if parts % stages or facts.rows % (parts * shards * facts.group):
-        legal = _divisors(facts.rows // (shards * facts.group)) if facts.rows % (shards * facts.group) == 0 else []
+        legal = divisors(facts.rows // (shards * facts.group)) if facts.rows % (shards * facts.group) == 0 else []
         together = f" in groups of {facts.group}" if facts.group > 1 else ""
         raise InputError(
             f"mesh.microbatches {parts} should be a multiple of mesh.stage {stages} and cut the {facts.rows} rows of a "
@@ -141,7 +137,7 @@ def _context(layout: Layout, facts: Facts) -> None:
             )
     tensor = layout.size("tensor")
     if layout.context == "ulysses" and facts.heads % (size * tensor):
-        legal = _divisors(max(facts.heads // tensor, 1))
+        legal = divisors(max(facts.heads // tensor, 1))
         raise InputError(
             f"mesh.context_by ulysses spreads {facts.heads} heads over context {size} x tensor {tensor}, which "
             f"does not divide; legal mesh.context: {legal}, or any with mesh.context_by=ring"

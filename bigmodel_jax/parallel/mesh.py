@@ -28,7 +28,7 @@ AXES = ("data", "stage", "fsdp", "expert", "context", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")
 
 
-def _divisors(n: int) -> list[int]:
+def divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
@@ -73,7 +73,7 @@ def _groups(devices: list[jax.Device], slices: int) -> list[list[jax.Device]]:
     if len(found) > 1 and slices != len(found):
         raise InputError(f"the devices form {len(found)} slices; set mesh.slices={len(found)}, not {slices}")
     if slices < 1 or len(devices) % slices:
-        raise InputError(f"mesh.slices {slices} does not divide {len(devices)} devices: {_divisors(len(devices))}")
+        raise InputError(f"mesh.slices {slices} does not divide {len(devices)} devices: {divisors(len(devices))}")
     if len(found) > 1:
         return [[device for device in devices if device.slice_index == index] for index in found]
     size = len(devices) // slices
@@ -99,9 +99,9 @@ def _fill(sizes: dict[str, int], devices: int) -> dict[str, int]:
             continue
         others = fixed // size if size != -1 else 0
         if others and devices % others == 0:
-            fits = _divisors(devices // others) if rest else [devices // others]
+            fits = divisors(devices // others) if rest else [devices // others]
             legal.append(f"{axis} in {fits}" if rest else f"{axis}={fits[0]}")
-    fix = " or ".join(legal) if legal else f"sizes that divide {devices}: {_divisors(devices)}"
+    fix = " or ".join(legal) if legal else f"sizes that divide {devices}: {divisors(devices)}"
     raise InputError(f"mesh {text} does not fit {devices} devices; would fit: {fix}")
 
 
@@ -137,7 +137,7 @@ def check_batch(batch_size: int, microbatch: int, mesh: Mesh) -> int:
         )
     microbatch = batch_size if microbatch == 0 else microbatch
     if microbatch < 1 or batch_size % microbatch or microbatch % shards:
-        legal = [shards * d for d in _divisors(batch_size // shards)]
+        legal = [shards * d for d in divisors(batch_size // shards)]
         raise InputError(
             f"microbatch {microbatch} must divide batch_size {batch_size} and be a multiple of "
             f"{shards} batch shards ({cut}); legal sizes: {legal}"

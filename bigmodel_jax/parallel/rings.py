@@ -4,7 +4,7 @@ XLA for TPU (libtpu 0.0.52) turns a reduce-scatter among all devices of a torus 
 dimensions and a slice: that uses every link, but puts twice the bytes on them, and holds the whole sum on each device.
 A reduce-scatter along a single ring stays one. So here a product with a weight runs on each device for its own rows
 (`own_rows`): the weight's shards are gathered in one go, and the gradient's partial sums go back ring by ring, whole
-along the first. A token table is not gathered at all (`own_tokens`).
+along the first. A token table is not gathered where reading it for all takes less (`own_tokens`).
 
 Whether less is also faster depends on the hardware: `bigmodel plan` predicts both (mesh.weights_by).
 """
@@ -27,6 +27,7 @@ from bigmodel_jax.parallel.rules import Layout, active, spec, use
 
 AXIS = "fsdp"
 LANES = 128
+"""Features that a TPU lays out together in memory."""
 
 
 def dimensions(mesh: Mesh) -> tuple[int, ...]:
@@ -60,15 +61,20 @@ def own_rows(
     if place is None:
         return fn(x, w)
     dim = place.index(AXIS)
-    rows = PartitionSpec(tuple(axis for axis in BATCH_AXES if layout.size(axis) > 1))
 
     def local(x: jax.Array, w: jax.Array) -> jax.Array:
         with use(None):
             return fn(x, whole(w, dim, layout.rings))
 
+    return _on_rows(local, layout, place)(x, w)
+
+
+def _on_rows(local: Callable[[jax.Array, jax.Array], jax.Array], layout: Layout, place: list[Any]) -> Callable:
+    """`local` on each device, of its rows and its shard of a weight, to its rows."""
+    rows = PartitionSpec(tuple(axis for axis in BATCH_AXES if layout.size(axis) > 1))
     return jax.shard_map(
         local, mesh=layout.mesh, in_specs=(rows, PartitionSpec(*place)), out_specs=rows, check_vma=False
-    )(x, w)
+    )
 
 
 def _placed(layout: Layout | None, x: jax.Array, w: jax.Array, axes: Sequence[str | None]) -> list[Any] | None:
@@ -95,16 +101,13 @@ def own_tokens(fn: Callable[[Any, jax.Array], jax.Array], ids: jax.Array, table:
     together = ids.size // math.prod(layout.size(axis) for axis in BATCH_AXES if axis != AXIS)
     if not exchanged(together, table.shape, layout.size(AXIS)):
         return own_rows(fn, ids, table, axes)
-    rows = PartitionSpec(tuple(axis for axis in BATCH_AXES if layout.size(axis) > 1))
 
     def local(ids: jax.Array, table: jax.Array) -> jax.Array:
         with use(None):
             x = fn(jax.lax.all_gather(ids, AXIS, tiled=True), table)
         return jax.lax.all_to_all(x, AXIS, split_axis=0, concat_axis=x.ndim - 1, tiled=True)
 
-    return jax.shard_map(
-        local, mesh=layout.mesh, in_specs=(rows, PartitionSpec(*place)), out_specs=rows, check_vma=False
-    )(ids, table)
+    return _on_rows(local, layout, place)(ids, table)
 
 
 def exchanged(tokens: int, table: tuple[int, ...], shards: int) -> bool:

@@ -20,7 +20,7 @@ from bigmodel_jax.chips import Chip
 from bigmodel_jax.errors import InputError
 from bigmodel_jax.models.spec import REMAT
 from bigmodel_jax.parallel import rings
-from bigmodel_jax.parallel.mesh import BATCH_AXES
+from bigmodel_jax.parallel.mesh import BATCH_AXES, divisors
 from bigmodel_jax.planner import memory
 from bigmodel_jax.planner.collectives import Collective, wire
 from bigmodel_jax.planner.costs import Costs, Op
@@ -34,7 +34,6 @@ RECOMPUTED = {"none": 0.0, "dots": 0.0, "minimal": 0.0, "attention": 0.9, "full"
 """Share of the forward pass that a remat policy does twice."""
 MARGIN = 0.9
 """Share of the memory that arithmetic may fill: the compiler has the last word."""
-_HLO = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f64"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,15 +71,11 @@ def meshes(config: Mapping[str, Any], devices: int) -> Iterator[dict[str, int]]:
     most = {"tensor": model.get("num_heads", 1), "expert": model.get("num_experts", 0) or 1,
             "context": NARROW["context"] if "num_heads" in model else 1}  # fmt: skip
     most["tensor"] = min(most["tensor"], NARROW["tensor"])
-    options = [[d for d in _divisors(devices // slices // stage) if d <= most.get(axis, devices)] for axis in SEARCHED]
+    options = [[d for d in divisors(devices // slices // stage) if d <= most.get(axis, devices)] for axis in SEARCHED]
     for sizes in itertools.product(*options[1:]):
         inner = math.prod(sizes) * stage
         if devices % (inner * slices) == 0:
             yield {"data": devices // inner, "stage": stage, **dict(zip(SEARCHED[1:], sizes, strict=True))}
-
-
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def candidates(config: Mapping[str, Any], devices: int) -> Iterator[tuple[dict[str, int], str, int]]:
@@ -106,7 +101,7 @@ def closed_form(config: Mapping[str, Any], traced: memory.Traced, mesh: Mapping[
     devices, work = math.prod(mesh.values()), exp.work()
     share = 1.0 + RECOMPUTED.get(model.get("remat", "none"), 0.0) / 3.0
     narrow = 2 if dtype in ("bfloat16", "float16") else 4
-    op = Op("products", "dot", 1.0, flops=work["flops_per_example"] * size * share / devices, dtype=_HLO[dtype])
+    op = Op("products", "dot", 1.0, flops=work["flops_per_example"] * size * share / devices, dtype=dtype)
     params = tree.flatten(traced.programs.state["params"])
     experts = sum(leaf.size for path, leaf in params.items() if "/moe/" in path and not path.endswith("router"))
     weights = sum(leaf.size for leaf in params.values()) - experts

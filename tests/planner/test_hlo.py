@@ -196,3 +196,22 @@ ENTRY %main (c: s32[], x: f32[8,8]) -> f32[8,8] {
 """
     found = costs(hlo.read(text), {})
     assert found.flops == 1024 and "2 branches" in found.notes[0]
+
+
+def test_a_grouped_product_is_of_its_weights_type_not_of_its_group_sizes():
+    """The kernel of jax's grouped matmul takes its group sizes first; its FLOPs are those that its author states."""
+    stated = '{"custom_call_config": {"cost_estimate": {"flops": "1.5e9"}}}'
+    call = (
+        "ROOT %gmm = f32[256,64]{1,0} custom-call(%sizes, %rows, %weights), "
+        'custom_call_target="tpu_custom_call", backend_config=BACKEND'
+    )
+    lines = (
+        "%sizes = s32[8]{0} parameter(0)", "%rows = bf16[256,128]{1,0} parameter(1)",
+        "%weights = bf16[8,128,64]{2,1,0} parameter(2)",
+    )  # fmt: skip
+    module = program(*lines, call.replace("BACKEND", stated))
+    entry = module.computations[module.entry]
+    found = work(entry, entry.instructions["gmm"])
+    assert found.flops == 1.5e9 and found.dtype == "bf16" and "author" in found.note
+    silent = program(*lines, call.replace("BACKEND", "{}")).computations[module.entry]
+    assert work(silent, silent.instructions["gmm"]).unknown  # nothing is made up where nothing is stated
