@@ -66,6 +66,7 @@ setup(
             "statsmodels>=0.14.4,<0.16",
             "lm-eval>=0.4.9,<0.5",
             "optuna>=4,<5",
+            "ruff>=0.17,<0.18",
         ],
     },
     entry_points={"console_scripts": ["bigmodel = bigmodel_jax.cli:main"]},

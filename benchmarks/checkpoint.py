@@ -87,13 +87,10 @@ def main() -> None:
         print(f"{name:22}" + "".join(f"{row[k]:16.3f}" if k in row else f"{'-':>16}" for k in table["ours"]))
     pairs = zip(rows["ours"], rows["orbax_uncompressed"], rows["orbax"], strict=True)
     ratios = [
-        (a["restore_s"] / b["restore_s"], a["save_s"] / b["save_s"], a["save_s"] / c["save_s"])
-        for a, b, c in pairs
+        (a["restore_s"] / b["restore_s"], a["save_s"] / b["save_s"], a["save_s"] / c["save_s"]) for a, b, c in pairs
     ]
     names = ("restore / uncompressed orbax", "save / uncompressed orbax", "save / orbax")
-    paired = {
-        name: statistics.median(values) for name, values in zip(names, zip(*ratios, strict=True), strict=True)
-    }
+    paired = {name: statistics.median(values) for name, values in zip(names, zip(*ratios, strict=True), strict=True)}
     print("paired ratios: " + "  ".join(f"{name} {value:.2f}" for name, value in paired.items()))
     goals = {
         "blocking_s <= 0.1": table["ours"]["blocking_s"] <= 0.1,

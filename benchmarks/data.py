@@ -77,9 +77,7 @@ def contestants(folder: str, batch: int, length: int, steps: int) -> dict[str, C
 
     jitted = jax.jit(lambda arrays: arrays)
 
-    def each(
-        load: Callable[[int], Any], place: Callable[[Any], Any] = lambda arrays: arrays
-    ) -> Callable[[int], None]:
+    def each(load: Callable[[int], Any], place: Callable[[Any], Any] = lambda arrays: arrays) -> Callable[[int], None]:
         def run(start: int) -> None:
             for step in range(start, start + steps):
                 jax.block_until_ready(place(load(step)))
@@ -133,9 +131,7 @@ def main() -> None:
                 seconds[name].append((time.perf_counter() - wall, time.process_time() - cpu))
     peer = np.array(seconds["memmap loader, put"])
     rows = {}
-    print(
-        f"{'batch of ' + str((args.batch, args.length)):32s} {'Mtok/s':>8s} {'ratio':>7s} {'CPU ratio':>10s}"
-    )
+    print(f"{'batch of ' + str((args.batch, args.length)):32s} {'Mtok/s':>8s} {'ratio':>7s} {'CPU ratio':>10s}")
     for name, values in seconds.items():
         wall, cpu = np.array(values).T
         row = {

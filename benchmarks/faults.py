@@ -201,9 +201,7 @@ def disk_full(rng: np.random.Generator, work: Path) -> str:
         with Checkpointer(disk / "c") as again:
             found = again.restore(big)
             return (
-                "passed"
-                if good and found and equal(found[0], big) and again.latest() == good
-                else "lost the good step"
+                "passed" if good and found and equal(found[0], big) and again.latest() == good else "lost the good step"
             )
     finally:
         checkpoint._free_bytes = free
@@ -218,10 +216,7 @@ def reshard(rng: np.random.Generator, work: Path) -> str:
         mesh = Mesh(np.array(jax.devices()[: grid[0] * grid[1]]).reshape(grid), ("a", "b"))
 
         def one(x: jax.Array) -> NamedSharding:
-            names = [
-                n if x.shape[i] % mesh.shape[n] == 0 else None
-                for i, n in zip(range(x.ndim), "ab", strict=False)
-            ]
+            names = [n if x.shape[i] % mesh.shape[n] == 0 else None for i, n in zip(range(x.ndim), "ab", strict=False)]
             return NamedSharding(mesh, PartitionSpec(*names))
 
         return jax.tree.map(one, value)
@@ -233,9 +228,7 @@ def reshard(rng: np.random.Generator, work: Path) -> str:
     }
     first, second = (GRIDS[i] for i in rng.integers(len(GRIDS), size=2))
     placed = jax.device_put(value, shardings(first))
-    target = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), placed, shardings(second)
-    )
+    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), placed, shardings(second))
     with Checkpointer(work / "c") as saver:
         saver.save(1, placed)
         back = saver.restore(target)[0]
@@ -325,9 +318,7 @@ def main() -> None:
     table = json.loads(out.read_text()) if out.exists() else {}
     for name in options.row or ROWS:
         wanted, trial = ROWS[name]
-        row = table.setdefault(
-            name, {"wanted": wanted, "done": 0, "passed": 0, "harmless": 0, "failures": []}
-        )
+        row = table.setdefault(name, {"wanted": wanted, "done": 0, "passed": 0, "harmless": 0, "failures": []})
         for number in range(row["done"], min(wanted, row["done"] + options.limit)):
             rng = np.random.default_rng([zlib.crc32(name.encode()), number])
             with tempfile.TemporaryDirectory() as work:

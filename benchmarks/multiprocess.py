@@ -35,7 +35,7 @@ RESULTS = ROOT / "results" / "multiprocess.json"
 DEVICES, STEPS, EVERY = 4, 30, 5
 START_S, GRACE_S = 10, 15.0
 
-CONFIG = '''
+CONFIG = """
 def get_config(arg=None):
     return {{
         "seed": 3, "steps": {steps}, "batch_size": 8, "eval": {{"batch_size": 8}},
@@ -46,7 +46,7 @@ def get_config(arg=None):
         "log": {{"every": 1, "tensorboard": False}}, "checkpoint": {{"every": {every}}},
         "mesh": {{"fsdp": 2}}, "runtime": {{"watchdog_s": 60.0}},
     }}
-'''
+"""
 # Process 1 of the first start never gets anywhere; every other start is the job itself.
 LATE = """
 import os, pathlib, sys, time

@@ -33,7 +33,13 @@ TOPOLOGIES = {"v5p:8x8x8": "v5p-1024", "v5e:16x16": "v5e-256"}
 # Payload in GB (1e9) per device and step; GiB per device.
 RECORDED = {
     "v5p:8x8x8": {"arguments": 0.178, "temporaries": 7.0, "all-gather": 28.98, "all-reduce": 15.01, "all-to-all": 0.13},
-    "v5e:16x16": {"arguments": 0.354, "temporaries": 6.07, "all-gather": 27.89, "all-reduce": 16.09, "all-to-all": 0.13}
+    "v5e:16x16": {
+        "arguments": 0.354,
+        "temporaries": 6.07,
+        "all-gather": 27.89,
+        "all-reduce": 16.09,
+        "all-to-all": 0.13,
+    },
 }
 WIRE = {"all-reduce": 2.0}  # of the payload on the wire of a large ring; 1 for all others
 

@@ -331,9 +331,7 @@ def load(path: epath.Path, leaves: Mapping[str, Any], wanted: Mapping[str, Any])
     stored = {name: about for name, about in leaves.items() if name in wanted}
     full = {name: about for name, about in stored.items() if 0 not in about["shape"]}
     arguments = {name: _restore_args(about, wanted[name]) for name, about in full.items()}
-    item = ocp.args.PyTreeRestore(
-        item={name: 0 for name in full}, restore_args=arguments, partial_restore=True
-    )
+    item = ocp.args.PyTreeRestore(item={name: 0 for name in full}, restore_args=arguments, partial_restore=True)
     raw: dict[str, Any] = {}
     for attempt in (1, 2):
         try:

@@ -178,9 +178,7 @@ def run(argv: Sequence[str]) -> None:
         options = Options(
             context=args.context, stride=args.stride, resamples=args.resamples, length=args.length, bleu=args.bleu
         )
-        evaluate_run(
-            args.workdir, overrides, step=args.step, out=args.out, as_json=args.json, options=options
-        )
+        evaluate_run(args.workdir, overrides, step=args.step, out=args.out, as_json=args.json, options=options)
     elif args.verb == "probe":
         from bigmodel_jax import experiment
         from bigmodel_jax.probe import probe_to_file
@@ -214,9 +212,7 @@ def run(argv: Sequence[str]) -> None:
     elif args.verb == "convert":
         from bigmodel_jax.convert import convert
 
-        convert(
-            args.source, args.target, overrides, family=args.family, dtype=args.dtype, shard_gb=args.shard_gb
-        )
+        convert(args.source, args.target, overrides, family=args.family, dtype=args.dtype, shard_gb=args.shard_gb)
     elif args.verb == "launch":
         from bigmodel_jax.launch.command import launch
 

@@ -309,9 +309,7 @@ def optimizer(
     return learning_rate, tx
 
 
-def _layout(
-    *, devices: Sequence[Any] | None, slices: int, context_by: str, weights_by: str, **leaves: Any
-) -> Layout:
+def _layout(*, devices: Sequence[Any] | None, slices: int, context_by: str, weights_by: str, **leaves: Any) -> Layout:
     """The section `mesh` as a value."""
     schema.choose({"compiler": None, "rings": None}, weights_by, "mesh.weights_by")
     mesh = make_mesh({axis: leaves.pop(axis) for axis in AXES}, devices, slices)

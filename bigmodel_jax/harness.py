@@ -193,9 +193,7 @@ class Bigmodel(TemplateLM):
             return cut(text(tokens), stops[row]) != text(tokens)
 
         key = jax.random.key(chosen[0])
-        rows = self.generator(
-            [prompts[place] for place in chosen], length=length, key=key, sampling=how, ended=ended
-        )
+        rows = self.generator([prompts[place] for place in chosen], length=length, key=key, sampling=how, ended=ended)
         return [cut(text(row.tokens), stops[number]) for number, row in enumerate(rows)]
 
 

@@ -87,9 +87,7 @@ class Log:
       segmented: numbered segments instead of one file; default for URLs.
     """
 
-    def __init__(
-        self, workdir: Any, *, tensorboard: bool = True, enabled: bool = True, segmented: bool | None = None
-    ):
+    def __init__(self, workdir: Any, *, tensorboard: bool = True, enabled: bool = True, segmented: bool | None = None):
         self.workdir = epath.Path(workdir)
         self.enabled = enabled
         self._segmented = "://" in str(workdir) if segmented is None else segmented
@@ -170,9 +168,7 @@ class Log:
         rows = [(step, values) for (step, e, n), values in self._found.items() if (e, n) == (event, name)]
         return sorted(rows, key=lambda row: row[0])
 
-    def _append(
-        self, step: int, event: str, name: str, values: Mapping[str, Any], now: float
-    ) -> dict[str, Any]:
+    def _append(self, step: int, event: str, name: str, values: Mapping[str, Any], now: float) -> dict[str, Any]:
         clash = [key for key in RESERVED if key in values]
         if clash:
             raise ValueError(f"metric names {clash} are taken by the row itself")

@@ -18,9 +18,7 @@ from bigmodel_jax.programs import Programs, set_up_process
 from bigmodel_jax.screen import Screen
 
 
-def open_run(
-    path: str, overrides: Sequence[str], step: int | None = None
-) -> tuple[Experiment, Programs, Any, int]:
+def open_run(path: str, overrides: Sequence[str], step: int | None = None) -> tuple[Experiment, Programs, Any, int]:
     """(experiment, programs, state, step) of a checkpoint, restored for reading only.
 
     Raises:
@@ -64,8 +62,7 @@ def prepare_corpus(sources: Sequence[str], out: str, overrides: Sequence[str]) -
     with Screen() as screen:
         meta = prepare(list(sources), out, progress=screen.preparing, **settings)
     splits = {
-        name: {key: split[key] for key in ("documents", "tokens", "bytes")}
-        for name, split in meta["splits"].items()
+        name: {key: split[key] for key in ("documents", "tokens", "bytes")} for name, split in meta["splits"].items()
     }
     shown = {"splits": splits, "vocab_size": meta["vocab_size"], "fingerprint": meta["fingerprint"]}
     print(json.dumps({**shown, "report": meta.get("report", {})}, indent=1))

@@ -97,9 +97,7 @@ def say(console: Console, config: Mapping[str, Any], target: Target) -> None:
     console.print(f"{config['model']['name']} on {target} ({devices}): {how}", markup=False)
 
 
-def _search(
-    console: Console, config: Mapping[str, Any], target: Target, limit: float, limit_s: float
-) -> layouts.Found:
+def _search(console: Console, config: Mapping[str, Any], target: Target, limit: float, limit_s: float) -> layouts.Found:
     """The best layouts, shown as a table with the words that ask for them."""
     chip = chips.chip(target.kind)
     room = verdict.capacity(target, chip, limit)

@@ -75,7 +75,11 @@ class Programs:
         self.exp = exp
         self.ema = exp.config["optimizer"]["ema"]
         self._create = functools.partial(
-            states.create, exp.model.init, exp.tx, ema=self.ema > 0, window=exp.section("guard").window,
+            states.create,
+            exp.model.init,
+            exp.tx,
+            ema=self.ema > 0,
+            window=exp.section("guard").window,
             noise=exp.section("guard").noise_scale > 0,
         )
         shapes = jax.eval_shape(self._create, jax.random.key(0))

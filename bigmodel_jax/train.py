@@ -207,9 +207,7 @@ class Loop:
         """The global batch of a step, placed on the devices. Runs in the prefetch thread."""
         pipeline = self.exp.data.train
         accumulation, rows = self.exp.cut(pipeline.size(step))
-        return global_batch(
-            lambda r: pipeline.batch(step, r), self.programs.batch_sharding, (accumulation, rows)
-        )
+        return global_batch(lambda r: pipeline.batch(step, r), self.programs.batch_sharding, (accumulation, rows))
 
     def advance(self, step: int, state: Any, batch: Any) -> Any:
         """Run one step; look at the previous one's metrics while this one is computed."""

@@ -56,16 +56,14 @@ def train_lanes(
         group = workdirs.open_workdir(path)
         stack.enter_context(workdirs.lock(group))
         entered = [
-            enter(folder, config, stack, allow_config_change)
-            for folder, config in zip(folders, configs, strict=True)
+            enter(folder, config, stack, allow_config_change) for folder, config in zip(folders, configs, strict=True)
         ]
         _same_lanes(group, configs)
         stack.enter_context(screen)
         one = jax.devices()[:1]
         with clock.span("prepare"):
             exps = [
-                prepared(config, workdir, screen, one)
-                for config, (workdir, _) in zip(configs, entered, strict=True)
+                prepared(config, workdir, screen, one) for config, (workdir, _) in zip(configs, entered, strict=True)
             ]
         for line in dict.fromkeys(line for _, changes in entered for line in changes):
             screen.say(line)

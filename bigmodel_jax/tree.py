@@ -48,13 +48,9 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     return root
 
 
-def map_paths(
-    fn: Callable[..., Any], tree: Any, *rest: Any, is_leaf: Callable[[Any], bool] | None = None
-) -> Any:
+def map_paths(fn: Callable[..., Any], tree: Any, *rest: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
     """Map fn(path, leaf, *rest_leaves) over a pytree."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, *leaves: fn(name(path), *leaves), tree, *rest, is_leaf=is_leaf
-    )
+    return jax.tree_util.tree_map_with_path(lambda path, *leaves: fn(name(path), *leaves), tree, *rest, is_leaf=is_leaf)
 
 
 def first_match(rules: Sequence[tuple[str, Any]], path: str, default: Any = _NO_DEFAULT) -> Any:
@@ -90,6 +86,4 @@ def count(tree: Any) -> int:
 
 def nbytes(tree: Any) -> int:
     """Bytes of all leaves, from shape and dtype (works on abstract leaves)."""
-    return sum(
-        math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree_util.tree_leaves(tree)
-    )
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree_util.tree_leaves(tree))

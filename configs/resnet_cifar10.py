@@ -27,12 +27,8 @@ def get_config(arg="20"):
         num_classes=10, in_channels=3,
     )  # fmt: skip
     config.objective = dict(name="classification")
-    config.optimizer = dict(
-        name="momentum", lr=0.1, decay="l2", weight_decay=1e-4, groups=((".*", {}),)
-    )
-    config.schedule = dict(
-        name="piecewise", boundaries=(32_000, 48_000), factor=0.1, warmup=400 if depth == 110 else 0
-    )
+    config.optimizer = dict(name="momentum", lr=0.1, decay="l2", weight_decay=1e-4, groups=((".*", {}),))
+    config.schedule = dict(name="piecewise", boundaries=(32_000, 48_000), factor=0.1, warmup=400 if depth == 110 else 0)
     config.data = dict(
         name="tfds_images", dataset="cifar10", train="train", test="test", size=32, channels=3, pad_crop=4,
         flip=True, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616),

@@ -198,9 +198,7 @@ def test_two_runs_in_one_directory(home, monkeypatch, capsys):
     workdir.mkdir()
     with open(workdir / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        code, line = answer(
-            ["train", "--config", config_file(home), "--workdir", str(workdir)], monkeypatch, capsys
-        )
+        code, line = answer(["train", "--config", config_file(home), "--workdir", str(workdir)], monkeypatch, capsys)
     assert code == 2 and "another run" in line
 
 

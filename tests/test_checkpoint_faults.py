@@ -209,9 +209,7 @@ def test_too_little_space_is_said_before_writing(tmp_path, monkeypatch):
 
 def _really_full(disk, monkeypatch):
     disk.mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", disk], capture_output=True
-    ).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", disk], capture_output=True).returncode:
         return  # no right to mount here: the check above is all there is
     try:
         monkeypatch.setattr(checkpoint, "_free_bytes", lambda directory: None)

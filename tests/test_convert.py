@@ -61,9 +61,7 @@ def test_generate_continues_as_the_model_does(model, capsys):
     exp, _, _, _ = offline.open_run(str(run), [])
     prompt, new = "ab", 3
     capsys.readouterr()
-    cli.run(
-        ["generate", "--workdir", str(run), "--prompt", prompt, "--length", str(new), "--temperature", "0"]
-    )
+    cli.run(["generate", "--workdir", str(run), "--prompt", prompt, "--length", str(new), "--temperature", "0"])
     text = capsys.readouterr().out.removesuffix("\n")
     ids = exp.data.tokenizer.prompt(prompt)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -182,3 +183,13 @@ def test_no_two_test_files_have_one_name():
     """pytest imports them by name."""
     names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
     assert sorted(set(names)) == sorted(names)
+
+
+@pytest.mark.parametrize("command", (("check",), ("format", "--check")))
+def test_one_style_everywhere(command, tmp_path):
+    """Ruff by pyproject.toml; the copy of a file with two spaces too many is the control."""
+    ruff = [sys.executable, "-m", "ruff", command[0], "--quiet", "--no-cache", *command[1:]]
+    done = subprocess.run([*ruff, "."], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (tmp_path / "wrong.py").write_text("import  os\n")
+    assert subprocess.run([*ruff, str(tmp_path)], cwd=ROOT, capture_output=True).returncode == 1

@@ -50,11 +50,7 @@ def test_init_from_is_strict_and_never_vacuous(tmp_path):
         init_from(tmp_path, target)
     loaded, report = init_from(tmp_path, target, strict=False)
     assert report["missing"] == ["head"] and report["shape_mismatch"] == ["embed"]
-    assert (
-        np.all(loaded["embed"] == 5)
-        and np.all(loaded["head"] == 7)
-        and same(loaded["block"], params["block"])
-    )
+    assert np.all(loaded["embed"] == 5) and np.all(loaded["head"] == 7) and same(loaded["block"], params["block"])
     loaded, report = init_from(tmp_path, target, skip=["^head$", "^embed$"])
     assert report["skipped"] == ["embed", "head"] and len(report["loaded"]) == 2
     with pytest.raises(InputError, match="no parameter name matches"):

@@ -39,9 +39,7 @@ def test_resume_leaves_no_gap_and_no_duplicate(tmp_path, segmented):
     assert _steps(tmp_path) != list(range(1, 13))
 
 
-@pytest.mark.parametrize(
-    "torn", [b'{"step": 11, "lo', b'{"step": 11, "loss": 1.0}', b"\0" * 64 + b"\n", b"\xff\xfe\n"]
-)
+@pytest.mark.parametrize("torn", [b'{"step": 11, "lo', b'{"step": 11, "loss": 1.0}', b"\0" * 64 + b"\n", b"\xff\xfe\n"])
 def test_torn_last_line_is_dropped(tmp_path, torn):
     _fill(tmp_path, 1, 10, tensorboard=False)
     path = tmp_path / "metrics.jsonl"
@@ -112,9 +110,7 @@ def test_tensorboard_reads_the_files_and_forgets_what_was_undone(tmp_path):
         accumulator.Reload()
         if "train/loss" in accumulator.Tags()["scalars"]:
             return {e.step: e.value for e in accumulator.Scalars("train/loss")}
-        return {
-            e.step: float(tensor_util.make_ndarray(e.tensor_proto)) for e in accumulator.Tensors("train/loss")
-        }
+        return {e.step: float(tensor_util.make_ndarray(e.tensor_proto)) for e in accumulator.Tensors("train/loss")}
 
     _fill(tmp_path, 1, 10)
     assert load() == pytest.approx({step: 1 / step for step in range(1, 11)})

@@ -77,9 +77,7 @@ def build(depth: int, num_classes: int = 1000, stem: str = "imagenet") -> nn.Mod
     return model.to(memory_format=torch.channels_last)
 
 
-def step_fn(
-    depth: int, side: int, batch: int, num_classes: int = 1000, stem: str = "imagenet"
-) -> Callable[[], float]:
+def step_fn(depth: int, side: int, batch: int, num_classes: int = 1000, stem: str = "imagenet") -> Callable[[], float]:
     """A closure that runs one training step on fixed random images and returns the loss."""
     torch.manual_seed(0)
     model = build(depth, num_classes, stem).train()

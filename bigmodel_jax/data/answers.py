@@ -52,9 +52,7 @@ class Spans(Rows):
         fields: Spec = {"tokens": row, "segments": row} | ({"token_types": row} if self.token_types else {})
         return fields | {"start": ((), "int32"), "end": ((), "int32"), "weights": ((), "float32")}
 
-    def load(
-        self, *, seed: int, batch_size: int | tuple, eval_batch_size: int, progress: Progress = None
-    ) -> Loaded:
+    def load(self, *, seed: int, batch_size: int | tuple, eval_batch_size: int, progress: Progress = None) -> Loaded:
         found, report = self.cut(self.read(), "", "")
         tokenizer = open_tokenizer(self.tokenizer, found["train"].texts(self.context), self.vocab_size)
         sources, about, report["windows"] = {}, {}, {}
@@ -69,9 +67,7 @@ class Spans(Rows):
                     "question": owner, "group": owner,
                 }  # fmt: skip
             log.info("%s: %s", split, ", ".join(f"{n} {what}" for what, n in report["windows"][split].items()))
-        return loaded(
-            sources, seed, batch_size, eval_batch_size, tokenizer=tokenizer, report=report, about=about
-        )
+        return loaded(sources, seed, batch_size, eval_batch_size, tokenizer=tokenizer, report=report, about=about)
 
     def _rows(self, tokenizer: Any, table: Table) -> tuple[dict[str, np.ndarray], list[int], dict[str, int]]:
         frame = Frame.of(tokenizer)

@@ -105,14 +105,11 @@ def list_entries(specs: Sequence[str], *, tests: bool = False) -> list[Entry]:
         found = _stdlib(tests) if spec == "stdlib" else _listed(spec)
         if not found:
             raise InputError(
-                f"source '{printable(spec)}' holds no files; give a file, a folder or a glob that "
-                "matches some"
+                f"source '{printable(spec)}' holds no files; give a file, a folder or a glob that matches some"
             )
         entries += found
     if not entries:
-        raise InputError(
-            "no source was given; name at least one, for example 'stdlib' or a folder of text files"
-        )
+        raise InputError("no source was given; name at least one, for example 'stdlib' or a folder of text files")
     return entries
 
 
@@ -127,8 +124,7 @@ def _listed(spec: str) -> list[Entry]:
     if prefix == "tfds":
         if not _TFDS.fullmatch(rest):
             raise InputError(
-                f"source '{printable(spec)}' should be tfds:NAME:SPLIT:FIELD, for example "
-                "tfds:lm1b:train:text"
+                f"source '{printable(spec)}' should be tfds:NAME:SPLIT:FIELD, for example tfds:lm1b:train:text"
             )
         return [Entry(rest, spec, 0, "", "tfds")]  # TFDS versions its data sets: the name is the identity
     kind, path = (prefix, rest) if prefix in ("lines", "jsonl") and not rest.startswith("//") else ("", spec)
@@ -143,8 +139,7 @@ def _listed(spec: str) -> list[Entry]:
         return _entry(os.path.basename(path), path, kind)
     if not glob.has_magic(path):
         raise InputError(
-            f"source '{printable(spec)}' does not exist"
-            + (nearest(spec, ["stdlib"]) if os.sep not in spec else "")
+            f"source '{printable(spec)}' does not exist" + (nearest(spec, ["stdlib"]) if os.sep not in spec else "")
         )
     matches = sorted(glob.glob(path, recursive=True), key=os.fsencode)
     return [entry for match in matches if not os.path.isdir(match) for entry in _entry(match, match, kind)]
@@ -189,9 +184,7 @@ def _remote(url: str, kind: str) -> list[Entry]:
             paths = system.find(path) if system.isdir(path) else [path]
         paths = [p for p in sorted(paths) if not system.isdir(p)]
         return [
-            Entry(
-                p, system.unstrip_protocol(p), int(system.size(p) or 0), str(system.ukey(p)), kind or _kind(p)
-            )
+            Entry(p, system.unstrip_protocol(p), int(system.size(p) or 0), str(system.ukey(p)), kind or _kind(p))
             for p in paths
         ]
     except OSError as error:
@@ -281,9 +274,7 @@ def _clean(text: str, name: str, strict: bool, tally: Tally) -> str | None:
 
 def _reject(reason: str, name: str, detail: str, strict: bool, tally: Tally) -> None:
     if strict:
-        raise InputError(
-            f"{printable(name)}: {detail}; repair it, or allow such documents to be dropped and counted"
-        )
+        raise InputError(f"{printable(name)}: {detail}; repair it, or allow such documents to be dropped and counted")
     tally.add(reason, f"{name}: {detail}")
 
 

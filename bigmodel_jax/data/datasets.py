@@ -93,9 +93,7 @@ class Text:
         cut = (Documents(tokenizer.eos),) if self.segments and self.mode == "stream" else ()
         return (*cut, TargetBytes(tokenizer.byte_lengths()))
 
-    def load(
-        self, *, seed: int, batch_size: int | tuple, eval_batch_size: int, progress: Progress = None
-    ) -> Loaded:
+    def load(self, *, seed: int, batch_size: int | tuple, eval_batch_size: int, progress: Progress = None) -> Loaded:
         if self.eval_lengths and type(self) is not Text:
             raise InputError("data.eval_lengths is of data 'text' alone: other rows are not cut to any length")
         folder = self.directory(progress)
@@ -248,9 +246,7 @@ class _Images:
         fields |= {"label2": ((), "int32"), "mix": ((), "float32")} if self.mixup else {}
         return fields | {"weights": ((), "float32")}
 
-    def load(
-        self, *, seed: int, batch_size: int | tuple, eval_batch_size: int, progress: Progress = None
-    ) -> Loaded:
+    def load(self, *, seed: int, batch_size: int | tuple, eval_batch_size: int, progress: Progress = None) -> Loaded:
         train, held_out, classes = self.sources()
         if self.limit:
             if not 0 < self.limit <= len(train):

@@ -29,9 +29,7 @@ _BLOCK = 512  # shingles hashed at once: 512 x 128 x 8 bytes stay in the L2 cach
 
 def digest(text: str) -> np.ndarray:
     """128-bit content hash of `text` as [2] uint64."""
-    return np.frombuffer(
-        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest(), "<u8"
-    )
+    return np.frombuffer(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest(), "<u8")
 
 
 def exact_duplicates(digests: np.ndarray) -> np.ndarray:
@@ -132,9 +130,7 @@ def _word_hashes(points: np.ndarray) -> np.ndarray:
     the text gives all of them at once.
     """
     distinct, inverse = np.unique(points, return_inverse=True)
-    letters = np.fromiter((chr(p).isalnum() or p == 0x5F for p in distinct.tolist()), bool, len(distinct))[
-        inverse
-    ]
+    letters = np.fromiter((chr(p).isalnum() or p == 0x5F for p in distinct.tolist()), bool, len(distinct))[inverse]
     edges = np.flatnonzero(np.diff(np.concatenate([[False], letters, [False]])))
     starts, ends = edges[0::2], edges[1::2]
     if not len(starts):
@@ -142,9 +138,7 @@ def _word_hashes(points: np.ndarray) -> np.ndarray:
     begin = np.zeros(len(points), np.int64)
     begin[starts] = starts
     place = np.arange(len(points)) - np.maximum.accumulate(begin)
-    values = np.where(
-        letters, mix64(points.astype(np.uint64) << np.uint64(32) | place.astype(np.uint64)), np.uint64(0)
-    )
+    values = np.where(letters, mix64(points.astype(np.uint64) << np.uint64(32) | place.astype(np.uint64)), np.uint64(0))
     running = np.concatenate([np.zeros(1, np.uint64), np.cumsum(values, dtype=np.uint64)])
     return mix64(running[ends] - running[starts])
 
@@ -169,9 +163,7 @@ def near_duplicates(signatures: np.ndarray, settings: MinHash, *, memory: int = 
     return _keep_first(signatures, group, settings)
 
 
-def _bucket_keys(
-    signatures: np.ndarray, columns: slice, passes: int, part: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _bucket_keys(signatures: np.ndarray, columns: slice, passes: int, part: int) -> tuple[np.ndarray, np.ndarray]:
     """Band hashes of the documents whose hash falls to this pass, and their positions; texts without
     shingles left out.
     """
@@ -184,11 +176,7 @@ def _bucket_keys(
         chosen = np.flatnonzero((key % np.uint64(passes) == part) & (block[:, 0] != EMPTY))
         keys.append(key[chosen])
         members.append(chosen + start)
-    return (
-        (np.concatenate(keys), np.concatenate(members))
-        if keys
-        else (np.zeros(0, np.uint64), np.zeros(0, np.int64))
-    )
+    return (np.concatenate(keys), np.concatenate(members)) if keys else (np.zeros(0, np.uint64), np.zeros(0, np.int64))
 
 
 def _buckets(keys: np.ndarray, members: np.ndarray) -> list[np.ndarray]:

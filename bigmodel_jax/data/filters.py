@@ -83,7 +83,5 @@ def repeated_lines(text: str) -> float:
 def normaliser(name: str):
     """The function text -> text called `name`: "none" or "nfc" (Unicode canonical composition)."""
     if name not in NORMALISE:
-        raise InputError(
-            f"normalise '{name}' is unknown; choose from {', '.join(NORMALISE)}{nearest(name, NORMALISE)}"
-        )
+        raise InputError(f"normalise '{name}' is unknown; choose from {', '.join(NORMALISE)}{nearest(name, NORMALISE)}")
     return (lambda text: text) if name == "none" else (lambda text: unicodedata.normalize("NFC", text))

@@ -49,14 +49,10 @@ class ImageFolder:
         self.folder = os.fspath(folder)
         self.size, self.channels, self.fit = (int(size[0]), int(size[1])), channels, fit
         if channels not in (1, 3) or fit not in ("cover", "stretch") or min(self.size) < 1:
-            raise InputError(
-                f"image folder: size {size}, channels {channels} (1 or 3), fit '{fit}' (cover or stretch)"
-            )
+            raise InputError(f"image folder: size {size}, channels {channels} (1 or 3), fit '{fit}' (cover or stretch)")
         if not os.path.isdir(self.folder):
             raise InputError(f"image folder: {folder} does not exist; it should hold one folder per class")
-        found = sorted(
-            entry.name for entry in os.scandir(self.folder) if entry.is_dir() and entry.name[0] != "."
-        )
+        found = sorted(entry.name for entry in os.scandir(self.folder) if entry.is_dir() and entry.name[0] != ".")
         self.classes = tuple(classes or found)
         absent = [name for name in self.classes if name not in found]
         if absent:
@@ -97,9 +93,7 @@ class ImageFolder:
             with Image.open(path) as image:
                 return fit_image(image, self.size, self.channels, self.fit)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise InputError(
-                f"image folder: {path} cannot be decoded ({error}); repair or remove it"
-            ) from error
+            raise InputError(f"image folder: {path} cannot be decoded ({error}); repair or remove it") from error
 
     def gather(self, index: np.ndarray) -> dict[str, np.ndarray]:
         images = list(self._pool.map(self._decode, index.tolist()))

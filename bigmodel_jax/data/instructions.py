@@ -177,9 +177,7 @@ class Instructions(Rows):
             out.append(messages)
         return out
 
-    def load(
-        self, *, seed: int, batch_size: int | tuple, eval_batch_size: int, progress: Progress = None
-    ) -> Loaded:
+    def load(self, *, seed: int, batch_size: int | tuple, eval_batch_size: int, progress: Progress = None) -> Loaded:
         found = self.read()
         for name, table in found.items():
             talks = self.conversations(table)

@@ -158,8 +158,8 @@ def class_counts(labels: Mapping[str, np.ndarray], classes: list[str]) -> dict[s
 
 
 def open_tokenizer(name: str, texts: Sequence[str] = (), vocab_size: int = 0) -> Any:
-    """"bytes", a prepared directory, a run, a tokenizer file or folder, a folder "package:..." (packages.py), or
-    "bpe" or "unigram": one of `vocab_size` ids learned from `texts`, the same from the same texts."""
+    """A tokenizer by name: "bytes", a prepared directory, a run, a tokenizer file or folder, or a folder "package:..."
+    (packages.py); "bpe" and "unigram" learn one of `vocab_size` ids from `texts`, the same from the same texts."""
     if name in ("bpe", "unigram"):
         return train_tokenizer(texts, kind=name, vocab_size=vocab_size)
     return Bytes() if name == "bytes" else load_tokenizer(packages.locate(name))
@@ -206,9 +206,7 @@ class LabelledText(Rows):
         found, report = self.cut(found, self.text, self.label)
         return found, names, report | {"classes": names}
 
-    def load(
-        self, *, seed: int, batch_size: int | tuple, eval_batch_size: int, progress: Progress = None
-    ) -> Loaded:
+    def load(self, *, seed: int, batch_size: int | tuple, eval_batch_size: int, progress: Progress = None) -> Loaded:
         found, names, report = self.tables()
         tokenizer = open_tokenizer(self.tokenizer, found["train"].texts(self.text), self.vocab_size)
         labels = {split: tables.label_ids(table, self.label, names) for split, table in found.items()}
@@ -235,7 +233,6 @@ class LabelledText(Rows):
         if self.pair:
             texts = [f"{a}\n{b}" for a, b in zip(texts, table.texts(self.pair), strict=True)]
         return {"text": texts} | ({"group": table.column(self.group)} if self.group else {})
-
 
     def unlabelled(self, length: int) -> tuple[Any, dict[str, Arrays], dict[str, Any]]:
         """(tokenizer, tokens and segments [n, length] by split, report) of the texts alone, the test split left out."""
@@ -278,9 +275,7 @@ class MaskedTable(LabelledText):
         fields: Spec = {"tokens": row, "segments": row, "masked_positions": slots, "masked_targets": slots}
         return fields | {"masked_weights": ((self.slots(),), "float32")}
 
-    def load(
-        self, *, seed: int, batch_size: int | tuple, eval_batch_size: int, progress: Progress = None
-    ) -> Loaded:
+    def load(self, *, seed: int, batch_size: int | tuple, eval_batch_size: int, progress: Progress = None) -> Loaded:
         tokenizer, sources, report = self.unlabelled(self.length)
         if tokenizer.mask is None:
             raise InputError(f"masked LM needs a tokenizer with a mask token; '{self.tokenizer}' has none")
@@ -293,7 +288,6 @@ class MaskedTable(LabelledText):
         return loaded(sources, seed, batch_size, eval_batch_size, (masks,), tokenizer=tokenizer, report=report)
 
 
-
 @dataclass(frozen=True)
 class CausalTable(LabelledText):
     """As `masked_table`, for the objective "causal_lm"."""
@@ -302,9 +296,7 @@ class CausalTable(LabelledText):
         row: Any = ((self.length,), "int32")
         return {"tokens": row, "targets": row, "weights": (row[0], "float32"), "bytes": (row[0], "float32")}
 
-    def load(
-        self, *, seed: int, batch_size: int | tuple, eval_batch_size: int, progress: Progress = None
-    ) -> Loaded:
+    def load(self, *, seed: int, batch_size: int | tuple, eval_batch_size: int, progress: Progress = None) -> Loaded:
         tokenizer, sources, report = self.unlabelled(self.length + 1)
         texts = {split: Arrays({"tokens": source.gather(np.arange(len(source)))["tokens"]})
                  for split, source in sources.items()}  # fmt: skip

@@ -84,9 +84,7 @@ class NumericTable:
         classes = tables.vocabulary(table.column(self.label))
         return x, tables.label_ids(table, self.label, classes), len(classes)
 
-    def load(
-        self, *, seed: int, batch_size: int | tuple, eval_batch_size: int, progress: Progress = None
-    ) -> Loaded:
+    def load(self, *, seed: int, batch_size: int | tuple, eval_batch_size: int, progress: Progress = None) -> Loaded:
         x, answer, classes = self.arrays()
         labels = answer if classes else None
         train, held = splits.held_out(len(x), self.held_out, seed=self.split_seed, labels=labels)

@@ -95,9 +95,7 @@ def _permute(x: np.ndarray, n: int, keys: np.ndarray, back: bool = False) -> np.
         x[outside] = _network(x[outside], n, keys if keys.size == 1 else keys[outside], back)
 
 
-def shuffled(
-    n: int, seed: int, epochs: np.ndarray, places: np.ndarray, block: int = 1, window: int = 64
-) -> np.ndarray:
+def shuffled(n: int, seed: int, epochs: np.ndarray, places: np.ndarray, block: int = 1, window: int = 64) -> np.ndarray:
     """Example at each place of each epoch: int64, a bijection of [0, n) for every (seed, epoch).
 
     block = 1 permutes all rows. block > 1 permutes blocks of `block` consecutive rows, then the rows
@@ -277,9 +275,7 @@ class BatchRamp:
         object.__setattr__(self, "stages", stages)
         starts = [start for start, _ in stages]
         if not stages or starts[0] != 0 or any(a >= b for a, b in zip(starts, starts[1:], strict=False)):
-            raise InputError(
-                f"batch ramp {stages} must be (start_step, size) pairs from step 0 with rising starts"
-            )
+            raise InputError(f"batch ramp {stages} must be (start_step, size) pairs from step 0 with rising starts")
         if min(size for _, size in stages) < 1:
             raise InputError(f"batch ramp {stages} has a size below 1")
 

@@ -108,9 +108,7 @@ def pack(shard_ends: list[np.ndarray], length: int) -> Packed:
     """
     starts, lengths, rows, shard_rows, cut, documents = [], [], [np.zeros(1, np.int64)], [], 0, 0
     for ends in shard_ends:
-        begin, size, long = (
-            pieces(ends, length) if len(ends) else (np.zeros(0, np.int64), np.zeros(0, np.int32), 0)
-        )
+        begin, size, long = pieces(ends, length) if len(ends) else (np.zeros(0, np.int64), np.zeros(0, np.int32), 0)
         bins = best_fit(size, length)
         _, first = np.unique(bins, return_index=True)
         rank = np.empty(len(first), np.int64)
@@ -130,9 +128,7 @@ def pack(shard_ends: list[np.ndarray], length: int) -> Packed:
         "filled": round(used / (total * length), 6) if total else 0.0,
     }  # fmt: skip
     join = np.concatenate
-    return Packed(
-        join(starts), join(lengths), join(rows).astype(np.int64), np.array(shard_rows, np.int64), report
-    )
+    return Packed(join(starts), join(lengths), join(rows).astype(np.int64), np.array(shard_rows, np.int64), report)
 
 
 def _homes(folder: str, name: str, cache_dir: str | None) -> list[str]:

@@ -177,9 +177,7 @@ class Pairs:
             return {"train": (sources, targets), "validation": self.texts(self.validation)}
         return hold_out(sources, targets, self.validation_fraction, seed)
 
-    def load(
-        self, *, seed: int, batch_size: int | tuple, eval_batch_size: int, progress: Progress = None
-    ) -> Loaded:
+    def load(self, *, seed: int, batch_size: int | tuple, eval_batch_size: int, progress: Progress = None) -> Loaded:
         splits = self.splits(seed)
         sources, targets = splits["train"]
         shared = not self.target_tokenizer

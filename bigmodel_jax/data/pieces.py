@@ -13,9 +13,7 @@ import numpy as np
 from bigmodel_jax.errors import InputError
 
 SPACE = "\u2581"
-_KANA_HAN = re.compile(
-    "[\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff]"
-)  # written without spaces
+_KANA_HAN = re.compile("[\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff]")  # written without spaces
 
 
 class Tokenizer:
@@ -122,10 +120,7 @@ class Tokenizer:
         Special ids are True.
         """
         return np.array(
-            [
-                special or _starts_word(piece)
-                for piece, special in zip(self.table, self._special, strict=True)
-            ],
+            [special or _starts_word(piece) for piece, special in zip(self.table, self._special, strict=True)],
             bool,
         )
 
@@ -168,8 +163,7 @@ def utf8(text: str) -> bytes:
         return text.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"text holds a lone surrogate at character {error.start}, which UTF-8 cannot write; "
-            "clean it first"
+            f"text holds a lone surrogate at character {error.start}, which UTF-8 cannot write; clean it first"
         ) from None
 
 

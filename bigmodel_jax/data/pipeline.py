@@ -43,9 +43,7 @@ def describe(value: Any) -> str:
         content = hashlib.sha256(np.ascontiguousarray(value)).hexdigest()
         return f"array:{value.dtype.str}{value.shape}:{content}"
     if isinstance(value, functools.partial):
-        return (
-            f"{describe(value.func)}({describe(value.args)},{describe(dict(sorted(value.keywords.items())))})"
-        )
+        return f"{describe(value.func)}({describe(value.args)},{describe(dict(sorted(value.keywords.items())))})"
     if isinstance(value, dict):
         return "{" + ",".join(f"{k}:{describe(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list | tuple):
@@ -108,9 +106,7 @@ class Pipeline:
 
     @cached_property
     def ramp(self) -> BatchRamp:
-        return (
-            self.batch_size if isinstance(self.batch_size, BatchRamp) else BatchRamp(((0, self.batch_size),))
-        )
+        return self.batch_size if isinstance(self.batch_size, BatchRamp) else BatchRamp(((0, self.batch_size),))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -149,9 +145,7 @@ class Pipeline:
         if rows.ndim != 1 or (rows.size and rows.dtype.kind not in "iu"):
             raise InputError(f"rows of a batch must be a list of numbers, not {rows.dtype} {rows.shape}")
         if rows.size and not 0 <= int(rows.min()) <= int(rows.max()) < size:
-            raise InputError(
-                f"rows {int(rows.min())} to {int(rows.max())} asked of step {step}, which has {size}"
-            )
+            raise InputError(f"rows {int(rows.min())} to {int(rows.max())} asked of step {step}, which has {size}")
         return rows.astype(np.int64)
 
     def _examples(self, positions: np.ndarray) -> np.ndarray:
@@ -241,9 +235,7 @@ class Prefetch(Generic[T]):
     `with` block): calls not yet begun are dropped, those under way are waited for.
     """
 
-    def __init__(
-        self, fn: Callable[[int], T], start: int, depth: int = 2, stop: int | None = None, workers: int = 1
-    ):
+    def __init__(self, fn: Callable[[int], T], start: int, depth: int = 2, stop: int | None = None, workers: int = 1):
         self._fn, self._step, self._stop, self._depth = fn, start, stop, depth
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="prefetch") if depth > 0 else None
         self._ahead: deque[Future[T]] = deque()

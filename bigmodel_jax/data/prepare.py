@@ -97,9 +97,7 @@ def prepare(
     out_dir = os.path.expanduser(os.fspath(out_dir))
     if is_url(out_dir):
         raise InputError(f"cannot prepare into {out_dir}: prepare to a local directory and copy it there")
-    filters = Filters(
-        min_characters, max_characters, min_printable, min_alphabetic, max_line, max_repeated_lines
-    )
+    filters = Filters(min_characters, max_characters, min_printable, min_alphabetic, max_line, max_repeated_lines)
     near = None
     if dedup_near:
         near = dedup.MinHash(near_ngram, near_threshold, characters=near_characters, seed=seed)
@@ -113,9 +111,7 @@ def prepare(
     )  # fmt: skip
     specs = [source_spec] if isinstance(source_spec, str) else list(source_spec)
     entries = list_entries(specs, tests=tests)
-    job = _Job(
-        os.path.abspath(out_dir), recipe, specs, entries, given, progress or (lambda stage, done, total: None)
-    )
+    job = _Job(os.path.abspath(out_dir), recipe, specs, entries, given, progress or (lambda stage, done, total: None))
     with _readable_errors(out_dir):
         with contextlib.suppress(FileNotFoundError):  # another process is replacing it just now
             if (meta := job.finished(rebuild=rebuild)) is not None:
@@ -233,9 +229,7 @@ class _Job:
         if problem:
             if rebuild:
                 return None
-            raise InputError(
-                f"{where} {problem}; choose another directory, or ask for a rebuild to replace it"
-            )
+            raise InputError(f"{where} {problem}; choose another directory, or ask for a rebuild to replace it")
         if meta["inputs"]["listing"] != self.listing:  # same content, newer files
             meta["inputs"]["listing"] = self.listing
             with contextlib.suppress(OSError):  # a shared read-only copy is only slower to recognise
@@ -244,9 +238,7 @@ class _Job:
 
     def _difference(self, made_from: dict[str, Any]) -> str | None:
         was, now = made_from["settings"], self.settings
-        changed = [
-            f"{name} {was.get(name)!r} instead of {now[name]!r}" for name in now if was.get(name) != now[name]
-        ]
+        changed = [f"{name} {was.get(name)!r} instead of {now[name]!r}" for name in now if was.get(name) != now[name]]
         if changed:
             return "was prepared with " + ", ".join(changed)
         if made_from["listing"] == self.listing:
@@ -308,9 +300,9 @@ class _Job:
             self.progress("tokenizer", 0, sample)
             texts = (spool.text(int(start), int(end))[:limit] for start, end in ranges[taken])
             recipe = self.recipe
-            train_tokenizer(
-                texts, kind=recipe.tokenizer, vocab_size=recipe.vocab_size, pieces=recipe.pieces
-            ).save(self.partial)
+            train_tokenizer(texts, kind=recipe.tokenizer, vocab_size=recipe.vocab_size, pieces=recipe.pieces).save(
+                self.partial
+            )
             self.progress("tokenizer", sample, sample)
         return load_tokenizer(path), sample
 

@@ -24,9 +24,7 @@ from bigmodel_jax.data.shards import Spool
 from bigmodel_jax.data.tokenizer import check_settings
 from bigmodel_jax.errors import InputError
 
-Progress = Callable[
-    [str, int, int], None
-]  # stage, done, total (0: not known); bytes, except for "dedup" (documents)
+Progress = Callable[[str, int, int], None]  # stage, done, total (0: not known); bytes, except for "dedup" (documents)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +46,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.validation_fraction < 1.0:
-            raise InputError(
-                f"validation_fraction {self.validation_fraction} should be at least 0 and below 1"
-            )
+            raise InputError(f"validation_fraction {self.validation_fraction} should be at least 0 and below 1")
         if self.shard_tokens < 1:
             raise InputError(f"shard_tokens {self.shard_tokens} should be at least 1")
         normaliser(self.normalise)
@@ -101,19 +97,14 @@ def read_into(work: str, entries: Sequence[Entry], recipe: Recipe, progress: Pro
                 continue
             data = text.encode()
             spool.write(data)
-            index.write(
-                np.array([position, position + len(data)], "<u8").tobytes() + dedup.digest(text).tobytes()
-            )
+            index.write(np.array([position, position + len(data)], "<u8").tobytes() + dedup.digest(text).tobytes())
             position, kept = position + len(data), kept + 1
         for file in (spool, index):
             file.flush()
             os.fsync(file.fileno())
     counts = refused.counts | filtered.counts
     if not kept:
-        why = (
-            ", ".join(f"{count} {reason}" for reason, count in counts.items())
-            or "the sources hold no document"
-        )
+        why = ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "the sources hold no document"
         raise InputError(f"no document is left to train on ({why}); give more text or wider filters")
     stage: dict[str, Any] = {
         "read": kept + sum(counts.values()),
@@ -134,9 +125,7 @@ def deduplicate(
         dropped["exact_duplicate"] = len(documents) - len(kept)
     if recipe.near:
         near, count = recipe.near, len(kept)
-        signatures = np.memmap(
-            os.path.join(work, "signatures"), "<u4", "w+", shape=(count, near.permutations)
-        )
+        signatures = np.memmap(os.path.join(work, "signatures"), "<u4", "w+", shape=(count, near.permutations))
         for position, (start, end) in enumerate(documents[kept, :2].tolist()):
             signatures[position] = near.signature(spool.text(start, end))
             progress("dedup", position + 1, count)

@@ -64,11 +64,7 @@ class Arrays:
         h = hashlib.sha256()
         for name, value in sorted(self._arrays.items()):
             h.update(f"{name} {value.dtype.str} {value.shape}\n".encode())
-            h.update(
-                repr(value.tolist()).encode()
-                if value.dtype.hasobject
-                else np.ascontiguousarray(value).tobytes()
-            )
+            h.update(repr(value.tolist()).encode() if value.dtype.hasobject else np.ascontiguousarray(value).tobytes())
         return h.hexdigest()
 
     def gather(self, index: np.ndarray) -> dict[str, np.ndarray]:
@@ -152,9 +148,7 @@ def whole_shares(weights: Sequence[float], most: int = 1 << 14) -> list[int]:
     if common <= most:
         return [int(s * common) for s in shares]
     counts = [max(int(s * most), 1) for s in shares]
-    for k in sorted(range(len(shares)), key=lambda k: counts[k] - shares[k] * most)[
-        : max(most - sum(counts), 0)
-    ]:
+    for k in sorted(range(len(shares)), key=lambda k: counts[k] - shares[k] * most)[: max(most - sum(counts), 0)]:
         counts[k] += 1
     return counts
 
@@ -203,13 +197,9 @@ class Mixture:
         object.__setattr__(self, "sources", tuple(self.sources))
         object.__setattr__(self, "weights", tuple(float(w) for w in self.weights))
         if not self.sources or len(self.sources) != len(self.weights):
-            raise InputError(
-                f"mixture: {len(self.sources)} sources and {len(self.weights)} weights must match"
-            )
+            raise InputError(f"mixture: {len(self.sources)} sources and {len(self.weights)} weights must match")
         if not all(math.isfinite(w) and w > 0 for w in self.weights):
-            raise InputError(
-                f"mixture: weights {self.weights} must all be above zero; leave a source out instead"
-            )
+            raise InputError(f"mixture: weights {self.weights} must all be above zero; leave a source out instead")
         for k, source in enumerate(self.sources):
             if not len(source):
                 raise InputError(f"mixture: source {k} is empty")
@@ -242,8 +232,7 @@ class Mixture:
     def orders(self, seed: int, block: int, window: int) -> tuple[Order, ...]:
         """Each source's own order."""
         return tuple(
-            Order(len(source), mix_ints(seed, k), True, block, window)
-            for k, source in enumerate(self.sources)
+            Order(len(source), mix_ints(seed, k), True, block, window) for k, source in enumerate(self.sources)
         )
 
     def place(self, positions: np.ndarray, orders: tuple[Order, ...]) -> np.ndarray:
@@ -280,6 +269,4 @@ class Mixture:
         fields = {name: (value.shape[1:], value.dtype.str) for name, value in sorted(part.items())}
         known = self._fields.setdefault("fields", tuple(fields.items()))
         if known != tuple(fields.items()):
-            raise InputError(
-                f"mixture: source {k} gives {fields}, an earlier one {dict(known)}; they must agree"
-            )
+            raise InputError(f"mixture: source {k} gives {fields}, an earlier one {dict(known)}; they must agree")

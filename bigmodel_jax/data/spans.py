@@ -26,9 +26,7 @@ class Sentinels(Tokenizer):
         names = [f"<extra_id_{number - 1 - i}>".encode() for i in range(number)]
         special = np.flatnonzero(tokenizer.special()).tolist()
         fingerprint = hashlib.sha256(f"{tokenizer.fingerprint} {number}".encode()).hexdigest()
-        super().__init__(
-            [*tokenizer.table, *names], special, tokenizer.eos, tokenizer.pad, tokenizer.mask, fingerprint
-        )
+        super().__init__([*tokenizer.table, *names], special, tokenizer.eos, tokenizer.pad, tokenizer.mask, fingerprint)
         self.kind, self._tokenizer = tokenizer.kind, tokenizer
 
     def encode_batch(self, texts: Sequence[str], threads: int = 0) -> list[np.ndarray]:

@@ -43,7 +43,7 @@ class Table:
         return len(self.lines)
 
     def where(self, row: int) -> str:
-        """"FILE line N", for messages."""
+        """ "FILE line N", for messages."""
         return f"{self.names[row]} line {self.lines[row]}"
 
     def column(self, name: str) -> list[Any]:
@@ -78,9 +78,7 @@ class Table:
 def concatenate(tables: Sequence[Table]) -> Table:
     """All rows, with the columns that any of them has; absent values are None."""
     names = list(dict.fromkeys(name for table in tables for name in table.columns))
-    columns = {
-        name: [v for table in tables for v in table.columns.get(name, [None] * len(table))] for name in names
-    }
+    columns = {name: [v for table in tables for v in table.columns.get(name, [None] * len(table))] for name in names}
     return Table(columns, [n for t in tables for n in t.lines], [n for t in tables for n in t.names])
 
 

@@ -54,9 +54,7 @@ class LabelledTokens(Rows):
         row: Any = ((self.length,), "int32")
         return {"tokens": row, "segments": row, "labels": row, "weights": ((self.length,), "float32")}
 
-    def load(
-        self, *, seed: int, batch_size: int | tuple, eval_batch_size: int, progress: Progress = None
-    ) -> Loaded:
+    def load(self, *, seed: int, batch_size: int | tuple, eval_batch_size: int, progress: Progress = None) -> Loaded:
         found = {name: _with_text(table, self.words, self.label) for name, table in self.read().items()}
         found, report = self.cut(found, "text of words", "")
         every = [label for table in found.values() for labels in table.column(self.label) for label in labels]
@@ -82,9 +80,7 @@ class LabelledTokens(Rows):
         shape = (len(table), self.length)
         tokens, segments = np.full(shape, frame.pad, np.int32), np.zeros(shape, np.int32)
         labels, weights = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-        for row, (text, words) in enumerate(
-            zip(table.texts("text of words"), table.column(self.words), strict=True)
-        ):
+        for row, (text, words) in enumerate(zip(table.texts("text of words"), table.column(self.words), strict=True)):
             ids, spans = tokenizer.encode_offsets(text)
             kept = min(len(ids), self.length - 2)
             cut.add(len(ids), kept)

@@ -154,9 +154,7 @@ class MaskTokens:
         """The `wanted` free tokens of the lowest draws."""
         length = free.shape[1]
         # Draws made unique by the place, so that exactly `wanted` lie at or below the threshold.
-        draw = (rng.bits(length, salt="choose") >> np.uint64(24)).astype(np.int64) * length + np.arange(
-            length
-        )
+        draw = (rng.bits(length, salt="choose") >> np.uint64(24)).astype(np.int64) * length + np.arange(length)
         draw[~free] = np.iinfo(np.int64).max
         lowest = np.sort(np.partition(draw, slots - 1, axis=1)[:, :slots], axis=1)
         threshold = np.take_along_axis(lowest, wanted[:, None] - 1, 1)
@@ -190,12 +188,7 @@ class MaskTokens:
         before, until = _runs(fresh)
         size, short = until - before, wanted[:, None] - before
         lucky = rng.uniform(1, salt="last word") * size < short
-        take = (
-            (short > 0)
-            & (seen < np.iinfo(np.int64).max)
-            & ((until <= wanted[:, None]) | lucky)
-            & (until <= slots)
-        )
+        take = (short > 0) & (seen < np.iinfo(np.int64).max) & ((until <= wanted[:, None]) | lucky) & (until <= slots)
         chosen = np.zeros(tokens.shape, bool)
         np.put_along_axis(chosen, order, take, 1)
         return chosen

@@ -38,9 +38,7 @@ def _library() -> Any:
         tensorflow()
         import tensorflow_datasets as tfds
     except ImportError as error:
-        raise InputError(
-            f"tensorflow_datasets is not installed ({error}); pip install tensorflow-datasets"
-        ) from error
+        raise InputError(f"tensorflow_datasets is not installed ({error}); pip install tensorflow-datasets") from error
     return tfds
 
 
@@ -62,9 +60,7 @@ def _opened(name: str, split: str, data_dir: str | None, download: bool) -> tupl
         splits, base = dict(builder.info.splits), split.split("[")[0].split("+")[0]
         if splits and base not in splits and base != "all":
             close = nearest(base, splits)
-            raise InputError(
-                f"tfds data set '{name}' has no split '{split}', only {', '.join(splits)}{close}"
-            )
+            raise InputError(f"tfds data set '{name}' has no split '{split}', only {', '.join(splits)}{close}")
         return builder.as_data_source(split=split), builder.info
     except InputError:
         raise
@@ -103,9 +99,7 @@ class Tfds:
         self.fields = dict(fields) if fields is not None else {feature: feature for feature in features}
         for feature in self.fields.values():
             if feature not in features:
-                raise InputError(
-                    f"tfds data set '{name}' has no feature '{feature}'{nearest(feature, features)}"
-                )
+                raise InputError(f"tfds data set '{name}' has no feature '{feature}'{nearest(feature, features)}")
         if not len(self._data):
             raise InputError(f"tfds data set '{name}' split '{split}' is empty")
 
@@ -132,10 +126,7 @@ class Tfds:
             return {name: value[:0] for name, value in self.gather(np.zeros(1, np.int64)).items()}
         parts = [part.tolist() for part in np.array_split(index, -(-len(index) // 16))]
         records = [record for part in self._pool.map(self._data.__getitems__, parts) for record in part]
-        return {
-            name: self._column([r[feature] for r in records], feature)
-            for name, feature in self.fields.items()
-        }
+        return {name: self._column([r[feature] for r in records], feature) for name, feature in self.fields.items()}
 
     def _column(self, values: list[Any], feature: str) -> np.ndarray:
         if isinstance(values[0], bytes | str):
@@ -173,6 +164,4 @@ def tfds_documents(
             try:
                 yield value.decode("utf-8")
             except UnicodeDecodeError as error:
-                raise InputError(
-                    f"tfds data set '{name}': example {start + offset} is not UTF-8 ({error})"
-                ) from error
+                raise InputError(f"tfds data set '{name}': example {start + offset} is not UTF-8 ({error})") from error

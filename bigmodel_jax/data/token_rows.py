@@ -63,9 +63,7 @@ class TokenShards:
     sizes contradict, an empty split, an unknown mode.
     """
 
-    def __init__(
-        self, folder: str, split: str, length: int, mode: str = "stream", cache_dir: str | None = None
-    ):
+    def __init__(self, folder: str, split: str, length: int, mode: str = "stream", cache_dir: str | None = None):
         self.folder, self.split, self.length, self.mode = os.fspath(folder), split, int(length), mode
         self.meta = read_meta(self.folder)
         if mode not in _MODES:
@@ -142,9 +140,7 @@ class TokenShards:
             ends = np.frombuffer(read_bytes(path), "<u8").astype(np.int64)
             rising = (np.diff(np.concatenate([[1], ends])) > 0).all()
             if len(ends) and (int(ends[-1]) != int(shard["tokens"]) or not rising):
-                raise InputError(
-                    f"token shards: {path} does not list rising document ends; prepare the corpus again"
-                )
+                raise InputError(f"token shards: {path} does not list rising document ends; prepare the corpus again")
             out.append(ends)
         return out
 
@@ -188,9 +184,7 @@ class TokenShards:
         tokens, targets = rows[:, :-1].astype(np.int32), rows[:, 1:].astype(np.int32)
         return {"tokens": tokens, "targets": targets, "weights": weights}
 
-    def _with_tail(
-        self, shard: int, inside: np.ndarray, short: np.ndarray, whole: int
-    ) -> tuple[np.ndarray, int]:
+    def _with_tail(self, shard: int, inside: np.ndarray, short: np.ndarray, whole: int) -> tuple[np.ndarray, int]:
         """Rows of a shard of which `short` are its last, padded one, and how many tokens that one has."""
         length, file = self.length, self._file(shard)
         part = np.full((len(inside), length + 1), self._pad, self._dtype)
@@ -250,9 +244,7 @@ class TokenShards:
         values = {s: self._file(s).values for s in set(shard)}
         place = _places(self.length)
         at = (row * self.length + before).tolist()
-        for s, start, size, n, a in zip(
-            shard, starts.tolist(), sizes.tolist(), number.tolist(), at, strict=True
-        ):
+        for s, start, size, n, a in zip(shard, starts.tolist(), sizes.tolist(), number.tolist(), at, strict=True):
             to = slice(a, a + size)
             tokens[to] = values[s][start : start + size]
             targets[to] = values[s][start + 1 : start + size + 1]

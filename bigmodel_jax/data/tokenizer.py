@@ -85,8 +85,7 @@ class SentencePiece(Tokenizer):
         lookup = {table[i]: i for i in range(size) if processor.is_byte(i)}
         if len(lookup) != 256:
             raise InputError(
-                f"{name} has {len(lookup)} of the 256 byte pieces and would lose text; train it "
-                "with byte_fallback"
+                f"{name} has {len(lookup)} of the 256 byte pieces and would lose text; train it with byte_fallback"
             )
         self._space_sign = [lookup[bytes([value])] for value in SPACE.encode()]
         probe = "  a \tb\r\n\n\u212b  "
@@ -116,9 +115,7 @@ class SentencePiece(Tokenizer):
                 result.append(np.array(encoded[owner[0]], np.int32))
             else:
                 ids = [
-                    value
-                    for position in owner
-                    for value in (self._space_sign if position < 0 else encoded[position])
+                    value for position in owner for value in (self._space_sign if position < 0 else encoded[position])
                 ]
                 result.append(np.array(ids, np.int32))
         return result
@@ -144,13 +141,11 @@ def check_settings(kind: str, vocab_size: int, pieces: str) -> None:
     for what, value, known in (("kind", kind, KINDS), ("pieces", pieces, PIECES)):
         if value not in known:
             raise InputError(
-                f"tokenizer {what} '{value}' is unknown; choose from "
-                f"{', '.join(known)}{nearest(value, known)}"
+                f"tokenizer {what} '{value}' is unknown; choose from {', '.join(known)}{nearest(value, known)}"
             )
     if kind != "bytes" and vocab_size < _RESERVED + 64:
         raise InputError(
-            f"vocab_size {vocab_size} is too small for {kind}; at least {_RESERVED + 64}, or use "
-            "the bytes tokenizer"
+            f"vocab_size {vocab_size} is too small for {kind}; at least {_RESERVED + 64}, or use the bytes tokenizer"
         )
 
 
@@ -214,9 +209,7 @@ def _train(sentences: list[str], kind: str, vocab_size: int, pieces: str) -> byt
                 f"vocab_size {vocab_size} is more than this text can fill ({most}); give more "
                 "text, a smaller vocab_size or tokenizer='bytes'"
             ) from None
-        raise InputError(
-            f"training a {kind} tokenizer of {vocab_size} pieces failed: {one_line(error)}"
-        ) from None
+        raise InputError(f"training a {kind} tokenizer of {vocab_size} pieces failed: {one_line(error)}") from None
     return model.getvalue()
 
 
@@ -236,9 +229,7 @@ def load_tokenizer(path: str) -> Tokenizer:
         meta = json.loads(read_bytes(f"{path}/meta.json"))
         name, expected = meta["tokenizer"], meta["tokenizer_fingerprint"]
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path}/meta.json is damaged ({one_line(error)}); prepare the directory again"
-        ) from None
+        raise InputError(f"{path}/meta.json is damaged ({one_line(error)}); prepare the directory again") from None
     if name not in ("bytes", MODEL_FILE, FOLDER):
         raise InputError(f"{path}/meta.json names the tokenizer {name!r}; expected 'bytes' or '{MODEL_FILE}'")
     tokenizer = Bytes() if name == "bytes" else of_model(f"{path}/{FOLDER}" if name == FOLDER else path)

@@ -100,9 +100,7 @@ def _readable(state: dict[str, Any]) -> dict[str, Any]:
     return state | everywhere({name: state[name] for name in ("token", "logp")})
 
 
-@functools.partial(
-    jax.jit, static_argnames=("model", "most", "sampling", "eos", "pad"), donate_argnames=("state",)
-)
+@functools.partial(jax.jit, static_argnames=("model", "most", "sampling", "eos", "pad"), donate_argnames=("state",))
 def steps(
     variables: Any,
     state: dict[str, Any],

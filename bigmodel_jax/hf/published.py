@@ -292,9 +292,7 @@ def write_folder(
     if origin:
         sources |= {row.foreign: row.of for row in plan.tied if row.foreign in origin.tied}
     names = {stored(name): source for name, source in sources.items()}
-    shapes = {
-        stored(name): (np.dtype(kept.get(name, main)), plan.foreign[source]) for name, source in sources.items()
-    }
+    shapes = {stored(name): (np.dtype(kept.get(name, main)), plan.foreign[source]) for name, source in sources.items()}
     constants = {stored(name): x for name, x in FAMILIES[kind].constants(plan.foreign).items()}
     shapes |= {name: (x.dtype, x.shape) for name, x in constants.items()}
 

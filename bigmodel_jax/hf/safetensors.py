@@ -143,11 +143,7 @@ def _checked(text: bytes, base: int, size: int) -> tuple[dict[str, Entry], dict[
 
 
 def _naturals(value: Any, most: int) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) <= most
-        and all(type(v) is int and 0 <= v < 1 << 62 for v in value)
-    )
+    return isinstance(value, list) and len(value) <= most and all(type(v) is int and 0 <= v < 1 << 62 for v in value)
 
 
 def _entry(name: str, value: Any, base: int, size: int) -> Entry:

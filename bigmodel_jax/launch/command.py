@@ -124,8 +124,15 @@ def _slurm(args: argparse.Namespace, overrides: Sequence[str]) -> None:
         limit = f"%{args.parallel}" if args.parallel else ""
         directives.append(f"#SBATCH --array=0-{len(points) - 1}{limit}")
     script = slurm_script(
-        _command(args, overrides, sys.executable), workdir, name=_name(args), nodes=args.nodes, tasks=tasks,
-        grace_s=args.grace, directives=directives, environment=_environment(args), directory=args.directory,
+        _command(args, overrides, sys.executable),
+        workdir,
+        name=_name(args),
+        nodes=args.nodes,
+        tasks=tasks,
+        grace_s=args.grace,
+        directives=directives,
+        environment=_environment(args),
+        directory=args.directory,
         per_gpu=args.per_gpu,
     )
     if args.dry_run:

@@ -58,9 +58,7 @@ class RouterLosses:
                 raise InputError("balance_loss and router_z_loss need a model with experts (num_experts)")
             return {}, {}
         rows = _counts(weights)
-        metrics = {
-            name: tuple(jnp.sum(rows * x) for x in extra[name]) for name in ("balance", "router_z", "dropped")
-        }
+        metrics = {name: tuple(jnp.sum(rows * x) for x in extra[name]) for name in ("balance", "router_z", "dropped")}
         return {name: metrics[name][0] for name in self.coefficients}, metrics
 
 

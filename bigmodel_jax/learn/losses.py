@@ -99,9 +99,7 @@ def _sums(
     return (jnp.sum(w * loss), aux), gradient
 
 
-def token_losses(
-    hidden: jax.Array, head: Head, targets: jax.Array, *, chunk: int = 0
-) -> tuple[jax.Array, jax.Array]:
+def token_losses(hidden: jax.Array, head: Head, targets: jax.Array, *, chunk: int = 0) -> tuple[jax.Array, jax.Array]:
     """(nats [B, L], whether the target is the most likely token [B, L]) per token, for evaluation.
 
     Logits of `chunk` positions are held at a time (0: of all). Ties count as in `cross_entropy`.
@@ -136,9 +134,7 @@ def _chunk_loss(static: tuple, h: jax.Array, leaves: list, t: jax.Array, w: jax.
     return _sums(z_loss, smooth, logits, t, w)[0]
 
 
-def _chunk_loss_and_grads(
-    static: tuple, h: jax.Array, leaves: list, t: jax.Array, w: jax.Array
-) -> tuple:
+def _chunk_loss_and_grads(static: tuple, h: jax.Array, leaves: list, t: jax.Array, w: jax.Array) -> tuple:
     """Sums of one chunk and its gradients: in `h`, and in the float leaves (None for others)."""
     structure, _, z_loss, smooth = static
 
@@ -171,9 +167,7 @@ def _join(x: jax.Array, cut: Pieces, length: int) -> jax.Array:
     return cut.join(x[:, :, : length // cut.lengths])
 
 
-def _loop(
-    static: tuple, fn: Callable[..., tuple], hidden: jax.Array, leaves: list, *rest: jax.Array
-) -> tuple:
+def _loop(static: tuple, fn: Callable[..., tuple], hidden: jax.Array, leaves: list, *rest: jax.Array) -> tuple:
     """Run `fn` chunk by chunk; sums and head gradients are added up, hidden gradients joined.
 
     On a mesh every shard of the batch and of the length gets its own copy of the head, so that the head is
@@ -224,9 +218,7 @@ def _cross_entropy(
     return _loop(static, fn, hidden, leaves, targets, weights)[0]
 
 
-def _forward(
-    static: tuple, hidden: jax.Array, leaves: list, targets: jax.Array, weights: jax.Array
-) -> tuple:
+def _forward(static: tuple, hidden: jax.Array, leaves: list, targets: jax.Array, weights: jax.Array) -> tuple:
     sums, (dh, dleaves) = _loop(static, _chunk_loss_and_grads, hidden, leaves, targets, weights)
     return sums, (dh, dleaves, leaves)
 

@@ -164,8 +164,7 @@ def adafactor(
         if not factored:
             return {"nu": _zeros(p)}
         shapes = {
-            name: p.shape[:d] + p.shape[d + 1 :]
-            for name, d in zip(("nu_columns", "nu_rows"), largest, strict=True)
+            name: p.shape[:d] + p.shape[d + 1 :] for name, d in zip(("nu_columns", "nu_rows"), largest, strict=True)
         }
         return {name: jnp.zeros(shape, wide(p.dtype)) for name, shape in shapes.items()}
 
@@ -239,15 +238,12 @@ OPTIMIZERS: dict[str, Callable[..., Rule]] = {
 
 def _checked_rule(name: str, options: Mapping[str, Any]) -> Callable[[Leaf], Rule]:
     if name not in OPTIMIZERS:
-        raise InputError(
-            f"unknown optimizer '{name}' of {tuple(OPTIMIZERS)}{nearest(name, OPTIMIZERS)}"
-        )
+        raise InputError(f"unknown optimizer '{name}' of {tuple(OPTIMIZERS)}{nearest(name, OPTIMIZERS)}")
     known = [p for p in inspect.signature(OPTIMIZERS[name]).parameters if p != "leaf"]
     for option in options:
         if option not in known:
             raise InputError(
-                f"optimizer '{name}' has no option '{option}', only {tuple(known)}"
-                f"{nearest(option, known)}"
+                f"optimizer '{name}' has no option '{option}', only {tuple(known)}{nearest(option, known)}"
             )
     return lambda leaf: OPTIMIZERS[name](leaf, **options)
 
@@ -347,9 +343,7 @@ def make(
         _follow_width(settings, rules, flat_axes, ratio.width, decay)
     return optax.GradientTransformationExtraArgs(
         lambda p: _init(rules, p),
-        lambda g, s, p=None, *, good=None, **_: _update(
-            rules, settings, lr, clip, decay, weight_decay, g, s, p, good
-        ),
+        lambda g, s, p=None, *, good=None, **_: _update(rules, settings, lr, clip, decay, weight_decay, g, s, p, good),
     )
 
 

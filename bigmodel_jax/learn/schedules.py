@@ -47,9 +47,7 @@ def rsqrt(warmup: int, total: int, timescale: int = 0) -> Shape:
     return lambda progress, done: jnp.minimum(1.0, jnp.sqrt(scale / done))
 
 
-def wsd(
-    warmup: int, total: int, decay: float = 0.2, final: float = 0.0, shape: str = "linear"
-) -> Shape:
+def wsd(warmup: int, total: int, decay: float = 0.2, final: float = 0.0, shape: str = "linear") -> Shape:
     """Warm-up, stable, decay (MiniCPM, Hu et al. 2024).
 
     Args:
@@ -74,9 +72,7 @@ def wsd(
     return share
 
 
-def piecewise(
-    warmup: int, total: int, boundaries: Sequence[int | float] = (), factor: float = 0.1
-) -> Shape:
+def piecewise(warmup: int, total: int, boundaries: Sequence[int | float] = (), factor: float = 0.1) -> Shape:
     """Multiply the rate by `factor` at each boundary (ResNet, He et al. 2016).
 
     boundaries: updates done before the drop; numbers below 1 are shares of `total`.
@@ -115,16 +111,11 @@ def make(name: str, peak: float, warmup: int, total: int, **options: float | str
       InputError: unknown name or option, or warmup and total that do not fit.
     """
     if name not in SCHEDULES:
-        raise InputError(
-            f"unknown schedule '{name}' of {tuple(SCHEDULES)}{nearest(name, SCHEDULES)}"
-        )
+        raise InputError(f"unknown schedule '{name}' of {tuple(SCHEDULES)}{nearest(name, SCHEDULES)}")
     known = [p for p in inspect.signature(SCHEDULES[name]).parameters if p not in ("warmup", "total")]
     for option in options:
         if option not in known:
-            raise InputError(
-                f"schedule '{name}' has no option '{option}', only {tuple(known)}"
-                f"{nearest(option, known)}"
-            )
+            raise InputError(f"schedule '{name}' has no option '{option}', only {tuple(known)}{nearest(option, known)}")
     if total < 1 or not 0 <= warmup <= total:
         raise InputError(f"schedule '{name}': warmup {warmup} must lie between 0 and total {total}")
     share = SCHEDULES[name](warmup, total, **options)

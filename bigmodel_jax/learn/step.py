@@ -127,9 +127,7 @@ def _pin(gradients: Any) -> Callable[[dict[str, jax.Array]], dict[str, jax.Array
     if gradients is None:
         return lambda flat: flat
     places = trees.flatten(gradients)
-    return lambda flat: {
-        path: jax.lax.with_sharding_constraint(leaf, places[path]) for path, leaf in flat.items()
-    }
+    return lambda flat: {path: jax.lax.with_sharding_constraint(leaf, places[path]) for path, leaf in flat.items()}
 
 
 def _row_keys(key: jax.Array, step: jax.Array, first: jax.Array, rows: int) -> jax.Array:
@@ -205,9 +203,7 @@ def _updated(
     new = {"params": optim.apply(state["params"], change), "step": state["step"] + 1}
     new["stats"] = merge(state["stats"], updates) if jax.tree.leaves(updates) else state["stats"]
     if "ema" in state:
-        new["ema"] = jax.tree.map(
-            lambda e, p: (ema * e + (1 - ema) * p).astype(e.dtype), state["ema"], new["params"]
-        )
+        new["ema"] = jax.tree.map(lambda e, p: (ema * e + (1 - ema) * p).astype(e.dtype), state["ema"], new["params"])
     if good is not None:
         old = {key: state[key] for key in new}
         new = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
@@ -257,9 +253,7 @@ def _metered(
     return books, said | {"noise/scale": noise.scale(books)}
 
 
-def _group_norms(
-    depth: int, grads: dict[str, Any], params: Any, change: dict[str, Any]
-) -> StepMetrics:
+def _group_norms(depth: int, grads: dict[str, Any], params: Any, change: dict[str, Any]) -> StepMetrics:
     out = {}
     for kind, flat in (("grad", grads), ("param", trees.flatten(params)), ("update", change)):
         groups: dict[str, list] = {}
@@ -340,6 +334,4 @@ def jit_eval_step(
     """Jit `eval_step` or `record_step`; the state keeps its layout and is not donated, and every process
     gets the whole result."""
     rows = meshes.batch_sharding(mesh, accumulated=False)
-    return jax.jit(
-        eval_step, in_shardings=(shardings, rows), out_shardings=meshes.replicated(mesh)
-    )
+    return jax.jit(eval_step, in_shardings=(shardings, rows), out_shardings=meshes.replicated(mesh))

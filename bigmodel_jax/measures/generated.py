@@ -51,9 +51,7 @@ def measure(
         if name == "bleu" and not counts[:, -1].any():
             statistics[name], notes[name] = _undefined, "no prediction has four words, and BLEU counts runs of four"
         signatures[name] = str(metric.get_signature())
-    found = bootstrap(
-        lambda w: {name: fn(w) for name, fn in statistics.items()}, len(pairs), groups=groups, **options
-    )
+    found = bootstrap(lambda w: {name: fn(w) for name, fn in statistics.items()}, len(pairs), groups=groups, **options)
     each["rouge_l"] = [float(x) if k else None for x, k in zip(rouge, kept, strict=True)]
     return {
         "examples": len(pairs),

@@ -190,9 +190,7 @@ def _bca(estimate: float, values: np.ndarray, left_out: np.ndarray, tails: np.nd
     return ndtr(bias + z / (1 - skew * z))
 
 
-def difference(
-    first: Statistics, second: Statistics, count: int, **options: Any
-) -> dict[str, Interval]:
+def difference(first: Statistics, second: Statistics, count: int, **options: Any) -> dict[str, Interval]:
     """Intervals of first - second on the same examples: the same draws serve both (a paired comparison).
 
     Statistics that only one of them has are left out. Options as in `bootstrap`.

@@ -20,8 +20,9 @@ PLOTS = {
     "roc": "ROC curve", "confusion": "Confusion matrix", "reliability": "Reliability", "spread": "Spread over {units}",
 }  # fmt: skip
 
+
 def interval(found: Mapping[str, Any] | None) -> str:
-    """"low to high", or "–"."""
+    """ "low to high", or "–"."""
     if not found or found.get("low") is None:
         return "–"
     return f"{number(found['low'])} to {number(found['high'])}"
@@ -62,9 +63,7 @@ def render(
     return document(f"{report['run']}: evaluation", parts)
 
 
-def _set(
-    name: str, result: Mapping[str, Any], plots: Mapping[str, bytes], pictures: Mapping[int, bytes]
-) -> list[str]:
+def _set(name: str, result: Mapping[str, Any], plots: Mapping[str, bytes], pictures: Mapping[int, bytes]) -> list[str]:
     out = [f"<h2>{text(name)}</h2>", f'<p class="soft">{text(result["about"])}</p>']
     level = f"{100 * result['level']:g}% interval"
     rows = table(result)

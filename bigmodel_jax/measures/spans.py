@@ -60,9 +60,7 @@ def measure(
     pairs = list(zip(predictions, references, strict=True))
     each = {"exact_match": [exact(*pair) for pair in pairs], "f1": [overlap(*pair) for pair in pairs]}
     statistics = {name: ratio(np.array(values)) for name, values in each.items()}
-    found = bootstrap(
-        lambda w: {name: fn(w) for name, fn in statistics.items()}, len(pairs), groups=groups, **options
-    )
+    found = bootstrap(lambda w: {name: fn(w) for name, fn in statistics.items()}, len(pairs), groups=groups, **options)
     return {
         "examples": len(pairs),
         "values": {name: float(np.mean(values)) for name, values in each.items()},

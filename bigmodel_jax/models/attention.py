@@ -98,8 +98,7 @@ def choose(
             raise InputError(f"attention='{backend}' is not one of {['auto', *BACKENDS]}")
         if refusals[backend]:
             raise InputError(
-                f"attention='{backend}' is impossible here: {refusals[backend]}; "
-                f"possible: {['auto', *able]}"
+                f"attention='{backend}' is impossible here: {refusals[backend]}; possible: {['auto', *able]}"
             )
         return backend, "as configured"
     if q.shape[1] == 1:
@@ -216,9 +215,7 @@ def _library(q, k, v, mask: Mask, bias, rule: Rule, part: Part | None, implement
     else:
         visible = mask.visible(0, length, 0, memory)[:, None]
         flags["mask"] = visible
-    out = jax.nn.dot_product_attention(
-        q, k, v, bias, scale=rule.scale, implementation=implementation, **flags
-    )
+    out = jax.nn.dot_product_attention(q, k, v, bias, scale=rule.scale, implementation=implementation, **flags)
     if visible is None:
         if length <= memory or not mask.window:
             return out

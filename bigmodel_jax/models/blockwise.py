@@ -67,9 +67,7 @@ def _dot(a: jax.Array, b: jax.Array, high: jnp.dtype) -> jax.Array:
     XLA:CPU runs at half speed.
     """
     flat = a.reshape(*a.shape[:2], -1, a.shape[-1])
-    out = jax.lax.dot_general(
-        flat, b, (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=high
-    )
+    out = jax.lax.dot_general(flat, b, (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=high)
     return out.reshape(*a.shape[:-1], b.shape[-1])
 
 

@@ -67,9 +67,7 @@ def quantised(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.round(x / scale[..., None]).astype(jnp.int8), scale
 
 
-def opened(
-    cache: Cache, lengths: jax.Array, capacity: int, windows: tuple[int, ...] = (), int8: bool = False
-) -> Cache:
+def opened(cache: Cache, lengths: jax.Array, capacity: int, windows: tuple[int, ...] = (), int8: bool = False) -> Cache:
     """A filled cache, made ready for decoding.
 
     Args:

@@ -119,9 +119,7 @@ def _backward(stride: int, pads: Pads, kept: tuple, dy: jax.Array) -> tuple[jax.
     def default(x: jax.Array, kernel: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jax.vjp(lambda a, b: lax_conv(a, b, stride, pads), x, kernel)[1](dy)
 
-    return lax.platform_dependent(
-        *kept, dy, cpu=lambda x, k, d: cpu_gradients(x, k, d, stride, pads), default=default
-    )
+    return lax.platform_dependent(*kept, dy, cpu=lambda x, k, d: cpu_gradients(x, k, d, stride, pads), default=default)
 
 
 _conv.defvjp(_forward, _backward)
@@ -197,7 +195,7 @@ def max_pool(x: jax.Array, side: int = 3, stride: int = 2) -> jax.Array:
 
 
 def pool(x: jax.Array, kind: str, side: int, stride: int) -> jax.Array:
-    """"max" or "mean" over side x side windows that lie inside. [B, H, W, C] -> [B, H', W', C]."""
+    """ "max" or "mean" over side x side windows that lie inside. [B, H, W, C] -> [B, H', W', C]."""
     views = _windows(x, (side, side), stride, ((0, 0), (0, 0)))
     return functools.reduce(jnp.maximum, views) if kind == "max" else sum(views) / len(views)
 

@@ -39,9 +39,7 @@ def one_of(option: str, value: str, legal: tuple[str, ...]) -> None:
         raise InputError(f"{option}='{value}' is not one of {list(legal)}{nearest(value, legal)}")
 
 
-def layer_norm(
-    x: jax.Array, scale: jax.Array, bias: jax.Array | None = None, eps: float = 1e-5
-) -> jax.Array:
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None = None, eps: float = 1e-5) -> jax.Array:
     """Layer normalisation over the last axis (Ba et al. 2016). Same shape and dtype as `x`."""
     y = x.astype(wide(x.dtype))
     y = y - jnp.mean(y, axis=-1, keepdims=True)
@@ -49,9 +47,7 @@ def layer_norm(
     return (y if bias is None else y + bias.astype(y.dtype)).astype(x.dtype)
 
 
-def rms_norm(
-    x: jax.Array, scale: jax.Array, bias: jax.Array | None = None, eps: float = 1e-5
-) -> jax.Array:
+def rms_norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None = None, eps: float = 1e-5) -> jax.Array:
     """Root-mean-square normalisation (Zhang and Sennrich 2019). Same shape and dtype as `x`."""
     y = x.astype(wide(x.dtype))
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps) * scale.astype(y.dtype)

@@ -82,9 +82,7 @@ def rotary_table(
     return (cos, sin) if length == 1.0 else (cos * length, sin * length)
 
 
-def rotate(
-    x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool = False
-) -> jax.Array:
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool = False) -> jax.Array:
     """Rotate the first 2 * cos.shape[-1] features of each head; the rest pass through.
 
     Args:

@@ -185,9 +185,7 @@ class ResNet(nn.Module):
     plan: Plan
 
     @nn.compact
-    def __call__(
-        self, *, image: jax.Array, train: bool, dropout_keys: jax.Array | None = None
-    ) -> Output:
+    def __call__(self, *, image: jax.Array, train: bool, dropout_keys: jax.Array | None = None) -> Output:
         del dropout_keys
         plan = self.plan
         if image.ndim != 4 or image.shape[-1] != plan.in_channels:

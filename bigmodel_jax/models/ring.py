@@ -81,9 +81,7 @@ def shared(k: jax.Array, heads: int, ways: int) -> jax.Array:
     return jnp.repeat(k, times, axis=2) if times > 1 else k
 
 
-def ring(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, keys: jax.Array | None, rule: Rule
-) -> jax.Array:
+def ring(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, keys: jax.Array | None, rule: Rule) -> jax.Array:
     """Attention of q [B, L, H, K] over k, v [B, M, G, K], both lengths cut over the context axis.
 
     Everything that has a length is stored in zigzag order where the mask says so, else in natural order.

@@ -16,9 +16,7 @@ from bigmodel_jax.parallel import rules
 _HEADS = ("batch", None, "heads", "head_dim")  # it needs the whole length: see ring.py for one that is cut
 
 
-def splash(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, rule: Rule, interpret: bool = False
-) -> jax.Array:
+def splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, rule: Rule, interpret: bool = False) -> jax.Array:
     """Attention of q [B, L, H, K] over k, v [B, L, G, K] with causal, window and segment masks.
 
     The compiler cannot split a Pallas kernel, so under an active mesh it runs per device, on its

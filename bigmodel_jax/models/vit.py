@@ -173,9 +173,7 @@ def vit(
         legal = [p for p in range(2, image_size + 1) if image_size % p == 0]
         raise InputError(f"patch_size {patch_size} does not divide image_size {image_size}; legal: {legal}")
     given = {name: value for name, value in locals().items() if name in _SHARED}
-    spec = EncoderSpec(
-        vocab_size=1, positions="none", norm_placement="pre", embed_norm=False, token_types=0, **given
-    )
+    spec = EncoderSpec(vocab_size=1, positions="none", norm_placement="pre", embed_norm=False, token_types=0, **given)
     plan = Plan(spec, in_channels, patch_size, grid or image_size // patch_size)
 
     def example(batch: int) -> dict[str, np.ndarray]:

@@ -87,4 +87,3 @@ def on_each_device(
         lambda rows, weights: fn(exchange, rows, weights),
         mesh=mesh, in_specs=(row_specs, weight_specs), out_specs=tuple(row_specs[i] for i in like), check_vma=False,
     )(list(rows), list(weights))  # fmt: skip
-

@@ -56,8 +56,7 @@ def global_batch(
     def assemble(leaf: np.ndarray) -> jax.Array:
         grid = leaf.reshape(*steps, len(columns), *leaf.shape[1:])
         shards = [
-            jax.device_put(grid[..., place[m], *(slice(None),) * (leaf.ndim - 1)], device)
-            for device, m in held.items()
+            jax.device_put(grid[..., place[m], *(slice(None),) * (leaf.ndim - 1)], device) for device, m in held.items()
         ]
         whole = (*shape, *leaf.shape[1:])
         return jax.make_array_from_single_device_arrays(whole, sharding, shards)
@@ -71,7 +70,4 @@ def abstract_batch(
     shape: tuple[int, ...],
 ) -> dict[str, Any]:
     """Shapes of the arrays `global_batch` makes, from {name: (shape of one row, dtype)}."""
-    return {
-        name: jax.ShapeDtypeStruct((*shape, *row), dtype, sharding=sharding)
-        for name, (row, dtype) in spec.items()
-    }
+    return {name: jax.ShapeDtypeStruct((*shape, *row), dtype, sharding=sharding) for name, (row, dtype) in spec.items()}

@@ -347,6 +347,6 @@ def _dealt(x: jax.Array, s: int, r: int, mesh: Mesh) -> jax.Array:
         return out
 
     where = PartitionSpec(AXIS)
-    return jax.shard_map(
-        deal, mesh=mesh, in_specs=(where, where), out_specs=where, axis_names={AXIS}, check_vma=False
-    )(x, jnp.arange(s))
+    return jax.shard_map(deal, mesh=mesh, in_specs=(where, where), out_specs=where, axis_names={AXIS}, check_vma=False)(
+        x, jnp.arange(s)
+    )

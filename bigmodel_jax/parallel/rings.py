@@ -170,9 +170,7 @@ def total(g: jax.Array, cut: Pieces, width: int, dtype: Any) -> jax.Array:
         return jax.lax.psum(g, others) if others else g
 
     shard = PartitionSpec(*[AXIS if d == dim else None for d in range(g.ndim - 1)])
-    return jax.shard_map(
-        local, mesh=layout.mesh, in_specs=PartitionSpec(cut.axes), out_specs=shard, check_vma=False
-    )(g)
+    return jax.shard_map(local, mesh=layout.mesh, in_specs=PartitionSpec(cut.axes), out_specs=shard, check_vma=False)(g)
 
 
 def _dimension(shape: tuple[int, ...], cut: Pieces, width: int) -> int | None:

@@ -137,9 +137,7 @@ def _check(names: Sequence[str | None], shape: Sequence[int]) -> None:
             raise InputError(f"unknown logical axis '{name}'{nearest(name, LOGICAL)}")
 
 
-def spec(
-    axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: Rules = RULES
-) -> PartitionSpec:
+def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: Rules = RULES) -> PartitionSpec:
     """Where an array lives. Mesh axes of size 1 and trailing Nones are left out.
 
     Args:

@@ -158,5 +158,3 @@ def devices(target: Target, simulated: bool) -> list[Any]:
     except Exception as error:
         said = str(error).splitlines()[0][:200]
         raise InputError(f"target '{target}': the compiler knows no such topology ({said})") from error
-
-

@@ -165,8 +165,15 @@ class _Walk:
             return
         self.ops.append(
             Op(
-                name=instruction.name, kind=instruction.opcode, count=times, flops=done.flops, dtype=done.dtype,
-                simple=done.simple, transcendental=done.transcendental, bytes=memory, host_bytes=host,
+                name=instruction.name,
+                kind=instruction.opcode,
+                count=times,
+                flops=done.flops,
+                dtype=done.dtype,
+                simple=done.simple,
+                transcendental=done.transcendental,
+                bytes=memory,
+                host_bytes=host,
                 source=instruction.source,
             )  # fmt: skip
         )

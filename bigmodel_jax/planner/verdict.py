@@ -93,9 +93,7 @@ def judge(
         predicted = predict(spent, chip, links(target, compiled.mesh), compiled.memory["temporary"])
         time, notes = _time(config, compiled, spent, predicted, chip, label), predicted.notes
         run = _run(config, compiled, time, price)
-    return Verdict(
-        str(target), compiled.mesh, compiled.label, fits, reason, sizes, time, run, traffic, notes, compiled
-    )
+    return Verdict(str(target), compiled.mesh, compiled.label, fits, reason, sizes, time, run, traffic, notes, compiled)
 
 
 def links(target: Target, mesh: Mapping[str, int]) -> Links:

@@ -133,17 +133,13 @@ def _comparisons(study: Study, values: Mapping[str, Mapping[int, float]]) -> dic
     }  # fmt: skip
     words = {"supported": "better", "contradicted": "worse", "undecided": "undecided"}
     return {
-        name: _against(pair)
-        | {"holm": verdict.p, "is": words[verdict.kind], "seeds_needed": verdict.seeds_needed}
+        name: _against(pair) | {"holm": verdict.p, "is": words[verdict.kind], "seeds_needed": verdict.seeds_needed}
         for (name, pair), verdict in zip(pairs.items(), statistics.judge(list(pairs.values()), ALPHA), strict=True)
     }
 
 
 def _claims(study: Study, values: Mapping[str, Mapping[int, float]]) -> list[dict[str, Any]]:
-    pairs = [
-        statistics.paired(values[c.better], values[c.worse], study.mode, c.margin)
-        for c in study.claims
-    ]
+    pairs = [statistics.paired(values[c.better], values[c.worse], study.mode, c.margin) for c in study.claims]
     return [
         {
             "text": claim.text, "better": claim.better, "worse": claim.worse, "margin": claim.margin,

@@ -106,9 +106,7 @@ def held_out(planned: Sequence[Point]) -> list[str]:
     return [point.variant for point in planned if point.parameters == largest]
 
 
-def proposed(
-    study: Study, *, ratios: Sequence[float] = (), budgets: Sequence[float] = ()
-) -> dict[str, dict[str, Any]]:
+def proposed(study: Study, *, ratios: Sequence[float] = (), budgets: Sequence[float] = ()) -> dict[str, dict[str, Any]]:
     """Variants of the study's sizes at so many tokens per parameter, or at so many FLOPs: what to put into its file.
 
     Steps are whole; a size whose run would be shorter than one step is left out.

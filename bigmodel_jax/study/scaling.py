@@ -1,10 +1,10 @@
 """`bigmodel scaling plan|run|fit|target STUDY --workdir W`: a scaling law of a ladder, and the run it leads to.
 
-    plan    the rungs with their sizes, or variants to put into the study's file (--tokens-per-parameter, --flops)
-    run     every rung but the largest size, then the prediction of that, to results/<study>_prediction.json;
-            with --held-out the largest size itself, once the prediction is committed
-    fit     the law of what has been run, against the held-out runs where they are there
-    target  a config file for the best run at --flops
+plan    the rungs with their sizes, or variants to put into the study's file (--tokens-per-parameter, --flops)
+run     every rung but the largest size, then the prediction of that, to results/<study>_prediction.json;
+        with --held-out the largest size itself, once the prediction is committed
+fit     the law of what has been run, against the held-out runs where they are there
+target  a config file for the best run at --flops
 """
 
 from __future__ import annotations

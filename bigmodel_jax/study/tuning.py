@@ -47,9 +47,7 @@ def method(study: Study) -> Method:
     return search.make(study.search) if study.search else grid(study.tune)
 
 
-def tune(
-    store: Store, variants: Sequence[str], run: Callable[[Sequence[Cell]], Sequence[Row]]
-) -> dict[str, Choice]:
+def tune(store: Store, variants: Sequence[str], run: Callable[[Sequence[Cell]], Sequence[Row]]) -> dict[str, Choice]:
     """The choice of every variant that could be made; all variants go forward together.
 
     Args:

@@ -138,9 +138,7 @@ def test_exact_duplicates_against_a_dictionary():
     random = np.random.default_rng(1)
     texts = [f"text {i}" for i in random.integers(0, 60, 300)]
     first: dict[str, int] = {}
-    expected = [
-        first[text] if text in first else (first.setdefault(text, i), -1)[1] for i, text in enumerate(texts)
-    ]
+    expected = [first[text] if text in first else (first.setdefault(text, i), -1)[1] for i, text in enumerate(texts)]
     digests = np.stack([dedup.digest(text) for text in texts])
     assert dedup.exact_duplicates(digests).tolist() == expected
     assert dedup.exact_duplicates(np.zeros((0, 2), np.uint64)).tolist() == []

@@ -137,11 +137,7 @@ def test_array_and_integer_mixers_are_good_and_deterministic():
     flips = np.unpackbits((mix(x) ^ mix(x ^ np.uint64(1))).view(np.uint8)).mean()
     assert abs(flips - 0.5) < 0.01
     assert len({mix_ints(a, b) for a in range(-20, 20) for b in range(-20, 20)}) == 1600
-    assert (
-        mix_ints(1, 2) != mix_ints(2, 1)
-        and mix_ints(2**64) != mix_ints(0)
-        and mix_ints(-1) != mix_ints(2**64 - 1)
-    )
+    assert mix_ints(1, 2) != mix_ints(2, 1) and mix_ints(2**64) != mix_ints(0) and mix_ints(-1) != mix_ints(2**64 - 1)
 
 
 def test_rows_do_not_depend_on_who_else_is_asked_for():

@@ -75,14 +75,10 @@ def test_union_of_host_batches_is_the_global_batch(shards, mode):
     assert not equal(reference.batch(3, odd), {k: v[odd] for k, v in reference.batch(4).items()})
 
 
-@pytest.mark.parametrize(
-    "n, batch, block", [(37, 8, 1), (37, 8, 5), (8, 8, 1), (3, 10, 1), (1, 4, 1), (100, 7, 16)]
-)
+@pytest.mark.parametrize("n, batch, block", [(37, 8, 1), (37, 8, 5), (8, 8, 1), (3, 10, 1), (1, 4, 1), (100, 7, 16)])
 def test_each_example_comes_once_per_epoch(n, batch, block):
     pipe = Pipeline(numbers(n), batch, seed=3, block=block, window=2)
-    seen = np.concatenate([pipe.batch(step)["x"] for step in range(-(-n * 5 // batch))])[: n * 5].reshape(
-        5, n
-    )
+    seen = np.concatenate([pipe.batch(step)["x"] for step in range(-(-n * 5 // batch))])[: n * 5].reshape(5, n)
     assert (np.sort(seen, axis=1) == np.arange(n)).all()
     ids = np.concatenate([pipe.ids(step) for step in range(-(-n * 5 // batch))])[: n * 5]
     assert np.array_equal(ids, seen.ravel())
@@ -182,9 +178,7 @@ def test_evaluation_reads_everything_once_and_pads():
         assert ids[:37].tolist() == list(range(37)) and (ids[37:] == -1).all()
         assert len(batches) == -(-37 // batch)
     assert pipe.batch(5)["weights"].sum() == 0
-    assert (
-        Pipeline(numbers(37), 8, shuffle=False, repeat=True).batch(4)["x"] == [32, 33, 34, 35, 36, 0, 1, 2]
-    ).all()
+    assert (Pipeline(numbers(37), 8, shuffle=False, repeat=True).batch(4)["x"] == [32, 33, 34, 35, 36, 0, 1, 2]).all()
 
 
 def test_padding_rows_weigh_nothing_in_any_field(shards):
@@ -245,11 +239,7 @@ def test_descriptions_are_stable_and_complete():
 
     assert describe(closed(1)) == describe(closed(1)) != describe(closed(2))
     table = np.arange(5)
-    assert (
-        describe(TargetBytes(table))
-        == describe(TargetBytes(table.copy()))
-        != describe(TargetBytes(table + 1))
-    )
+    assert describe(TargetBytes(table)) == describe(TargetBytes(table.copy())) != describe(TargetBytes(table + 1))
     assert "0x" not in describe(closed(1)) + describe(TargetBytes(table))
     with pytest.raises(TypeError, match="fingerprint"):
         describe(threading.Lock())

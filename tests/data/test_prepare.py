@@ -148,9 +148,7 @@ def test_a_rerun_resumes_instead_of_starting_over(corpus, tmp_path):
     prepare(str(corpus), str(out), **SMALL, progress=lambda stage, done, total: stages.append(stage))
     assert "read" not in stages and "tokenizer" not in stages and "validation" in stages
     fresh: list[str] = []
-    prepare(
-        str(corpus), str(tmp_path / "b"), **SMALL, progress=lambda stage, done, total: fresh.append(stage)
-    )
+    prepare(str(corpus), str(tmp_path / "b"), **SMALL, progress=lambda stage, done, total: fresh.append(stage))
     assert list(dict.fromkeys(fresh)) == ["read", "tokenizer", "train", "validation"]
 
 
@@ -346,9 +344,7 @@ def test_sources_behind_a_url(tmp_path):
 
     memory = fsspec.filesystem("memory")
     for name in ("b.txt", "a.txt", "c.jsonl"):
-        memory.pipe(
-            f"/prepare-test/{name}", b'{"text": "from c"}' if name[0] == "c" else f"from {name[0]}".encode()
-        )
+        memory.pipe(f"/prepare-test/{name}", b'{"text": "from c"}' if name[0] == "c" else f"from {name[0]}".encode())
     prepare("memory://prepare-test", str(tmp_path / "out"), tokenizer="bytes", validation_fraction=0)
     assert texts_of(tmp_path / "out", "train") == ["from a", "from b", "from c"]
     prepare("memory://prepare-test", str(tmp_path / "out"), tokenizer="bytes", validation_fraction=0)
@@ -360,9 +356,7 @@ def test_the_standard_library_without_its_tests():
     entries, everything = list_entries(["stdlib"]), list_entries(["stdlib"], tests=True)
     names = {entry.name for entry in entries}
     assert {"os.py", "json/decoder.py", "unittest/case.py"} <= names and len(everything) > len(entries)
-    assert not any(
-        {"test", "tests", "idle_test", "site-packages"} & set(name.split("/")[:-1]) for name in names
-    )
+    assert not any({"test", "tests", "idle_test", "site-packages"} & set(name.split("/")[:-1]) for name in names)
     assert [e.name for e in entries] == sorted(names, key=os.fsencode)
     assert list_entries(["stdlib"]) == entries
 

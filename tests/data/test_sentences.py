@@ -84,9 +84,7 @@ def test_the_second_term_is_the_loss_of_two_classes():
     logits = rng.normal(size=(4, 2)).astype(np.float32)
     hidden, head = np.zeros((4, 5, 3), np.float32), jax.tree_util.Partial(lambda x: x)
     objective = masked_lm()
-    terms, metrics, _ = objective(
-        lambda *_, **__: Output(hidden, head, extra={"nsp": logits}), {}, batch, None, False
-    )
+    terms, metrics, _ = objective(lambda *_, **__: Output(hidden, head, extra={"nsp": logits}), {}, batch, None, False)
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     expected = -np.log(p[np.arange(3), batch["random"][:3]]).sum()
     assert float(terms["nsp"]) == pytest.approx(expected, rel=1e-5)

@@ -73,9 +73,7 @@ def unpacked(batch):
     for r in range(len(batch["tokens"])):
         for segment in range(1, batch["segments"][r].max() + 1):
             here = batch["segments"][r] == segment
-            found.append(
-                (tuple(batch["tokens"][r][here].tolist()), tuple(batch["targets"][r][here].tolist()))
-            )
+            found.append((tuple(batch["tokens"][r][here].tolist()), tuple(batch["targets"][r][here].tolist())))
             assert batch["positions"][r][here].tolist() == list(range(here.sum()))
     return found
 
@@ -88,9 +86,7 @@ def test_packed_rows_hold_whole_documents_once(tmp_path):
     )
     assert Counter(a + ("->",) + b for a, b in unpacked(batch)) == want
     empty = batch["segments"] == 0
-    assert np.array_equal(batch["weights"] == 0, empty) and batch["weights"].sum() == source.tokens - len(
-        SHARDS
-    )
+    assert np.array_equal(batch["weights"] == 0, empty) and batch["weights"].sum() == source.tokens - len(SHARDS)
     assert (batch["tokens"][empty] == shard_files.PAD).all() and (batch["positions"][empty] == 0).all()
     assert source.report["documents"] == 48 and source.report["documents_cut"] == 0
     assert source.report["padding"] == empty.sum() and source.report["rows"] == len(source)
@@ -120,9 +116,7 @@ def test_both_ways_of_reading_packed_rows_agree(tmp_path, monkeypatch, longest):
         monkeypatch.setattr("bigmodel_jax.data.token_rows.is_url", lambda folder: True)
         indexed = source.gather(index)
         monkeypatch.setattr("bigmodel_jax.data.token_rows.is_url", lambda folder: False)
-        assert all(
-            np.array_equal(chosen[k], indexed[k]) and chosen[k].dtype == indexed[k].dtype for k in indexed
-        )
+        assert all(np.array_equal(chosen[k], indexed[k]) and chosen[k].dtype == indexed[k].dtype for k in indexed)
         assert (indexed["segments"] == 0).any()
     assert (used["_copy_pieces"] > 0) == (longest == 2000) and used["_index_pieces"] >= 2
 
@@ -447,7 +441,5 @@ def test_reading_shards_imports_no_tensorflow_and_no_jax(tmp_path):
         "heavy = 'jax', 'tensorflow', 'tensorflow_datasets', 'fsspec', 'PIL';"
         "print([m for m in heavy if m in sys.modules])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path.cwd()
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path.cwd())
     assert done.stdout.strip() == "[]"

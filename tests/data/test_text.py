@@ -47,9 +47,7 @@ def test_documents_restart_at_end_of_text():
 
 def test_target_bytes():
     table = np.arange(V)
-    batch = TargetBytes(table)(
-        {"targets": np.array([[5, 7]]), "weights": np.array([[1.0, 0.0]], np.float32)}, rng(1)
-    )
+    batch = TargetBytes(table)({"targets": np.array([[5, 7]]), "weights": np.array([[1.0, 0.0]], np.float32)}, rng(1))
     assert batch["bytes"].tolist() == [[5, 0]] and batch["bytes"].dtype == np.float32
 
 

@@ -211,9 +211,7 @@ def test_many_characters_do_not_crowd_out_pieces():
     texts = ["".join(chr(0x4E00 + random_han.randrange(3000)) for _ in range(200)) for _ in range(100)]
     tokenizer = train_tokenizer(texts, vocab_size=1024)
     assert tokenizer.vocab_size == 1024 and tokenizer.decode(tokenizer.encode(texts[0])) == texts[0]
-    assert tokenizer.starts_word()[
-        [i for i, p in enumerate(tokenizer.table) if p == texts[0][0].encode()]
-    ].all()
+    assert tokenizer.starts_word()[[i for i, p in enumerate(tokenizer.table) if p == texts[0][0].encode()]].all()
 
 
 def test_save_and_load(tmp_path, bpe):
@@ -224,9 +222,7 @@ def test_save_and_load(tmp_path, bpe):
         loaded = load_tokenizer(str(tmp_path))
         assert loaded.fingerprint == tokenizer.fingerprint and loaded.vocab_size == tokenizer.vocab_size
         np.testing.assert_array_equal(loaded.encode("def f(x):\n"), tokenizer.encode("def f(x):\n"))
-    (tmp_path / "meta.json").write_text(
-        json.dumps({"tokenizer": "tokenizer.model", "tokenizer_fingerprint": "0"})
-    )
+    (tmp_path / "meta.json").write_text(json.dumps({"tokenizer": "tokenizer.model", "tokenizer_fingerprint": "0"}))
     with pytest.raises(InputError, match="fingerprint"):
         load_tokenizer(str(tmp_path))
     (tmp_path / "tokenizer.model").write_bytes(b"not a model")

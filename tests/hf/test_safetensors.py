@@ -174,9 +174,12 @@ def test_narrow_floats_and_shards(tmp_path):
         # The reference names the same dtype for the same bytes.
         text = (tmp_path / index["weight_map"][name]).read_bytes()
         shown = json.loads(text[8 : 8 + int.from_bytes(text[:8], "little")])[name]["dtype"]
-        assert shown == {"bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float32": "F32"}[
-            array.dtype.name
-        ]
+        assert (
+            shown
+            == {"bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float32": "F32"}[
+                array.dtype.name
+            ]
+        )
 
 
 def test_reading_is_lazy(tmp_path):

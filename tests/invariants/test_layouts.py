@@ -167,9 +167,7 @@ def error(a, b) -> float:
     a, b = trees.flatten(a), trees.flatten(b)
     assert a.keys() == b.keys()
     largest = max(np.abs(leaf).max() for leaf in a.values())
-    return max(
-        float(np.abs(a[k] - b[k]).max() / max(np.abs(a[k]).max(), 1e-6 * largest)) for k in a
-    )
+    return max(float(np.abs(a[k] - b[k]).max() / max(np.abs(a[k]).max(), 1e-6 * largest)) for k in a)
 
 
 def worst(a, b) -> float:

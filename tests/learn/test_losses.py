@@ -107,9 +107,7 @@ def compiled(vocab, length, chunk, sharding=None, mesh=None):
 def test_memory_does_not_grow_with_tokens_times_vocabulary():
     """Twice the length: the whole form needs another [tokens, V], the chunked form next to none."""
     vocab = 4096
-    temp = functools.cache(
-        lambda length, chunk: compiled(vocab, length, chunk).memory_analysis().temp_size_in_bytes
-    )
+    temp = functools.cache(lambda length, chunk: compiled(vocab, length, chunk).memory_analysis().temp_size_in_bytes)
     logits = 8 * 64 * vocab * 4
     assert temp(128, 0) - temp(64, 0) > 0.9 * logits
     assert temp(128, 8) - temp(64, 8) < 0.05 * logits

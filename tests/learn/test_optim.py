@@ -58,9 +58,7 @@ def numpy_rule(name, p, grads, wd, decay):
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "momentum", "nesterov", "lion"])
 def test_against_numpy(name, decay, x64):
     params, wd = some_params(), 0.0 if decay == "none" else 0.3
-    tx = optim.make(
-        params, name=name, lr=rate, decay=decay, weight_decay=wd, groups=[(".*", {})]
-    )
+    tx = optim.make(params, name=name, lr=rate, decay=decay, weight_decay=wd, groups=[(".*", {})])
     got, grads, _ = run(tx, params)
     for path, p in trees.flatten(params).items():
         own = [trees.flatten(g)[path] for g in grads]

@@ -106,7 +106,7 @@ def np_transformer(params, tokens, o, causal, seen=True):
     x = p["embed"]["tokens"][tokens] * o.get("embed_scale", 1.0)
     i = np.arange(len(tokens))
     if o["positions"] == "learned":
-        x = (x @ p["embed"]["project"] if causal and "project" in p["embed"] else x)
+        x = x @ p["embed"]["project"] if causal and "project" in p["embed"] else x
         x = x + p["embed"]["positions"][i + o.get("position_offset", 0)]
     if o["positions"] == "sinusoidal":
         half = x.shape[1] // 2

@@ -264,10 +264,14 @@ def main(names: list[str]) -> int:
         except (RunError, Exception) as error:
             rows[name] = {"reference": CASES[name].reference, "ok": False, "error": f"{type(error).__name__}: {error}"}
         row = rows[name]
-        shown = row.get("error") or " ".join(
-            f"{way}: outputs {row[way]['outputs']:.1e} gradients {row[way]['gradients']:.1e} ({row[way]['worst']})"
-            for way in ("reference_to_ours", "ours_to_reference")
-        ) + f" control {row['reference_to_ours']['control']:.2g} bitwise {row['import_export_bitwise']}"
+        shown = (
+            row.get("error")
+            or " ".join(
+                f"{way}: outputs {row[way]['outputs']:.1e} gradients {row[way]['gradients']:.1e} ({row[way]['worst']})"
+                for way in ("reference_to_ours", "ours_to_reference")
+            )
+            + f" control {row['reference_to_ours']['control']:.2g} bitwise {row['import_export_bitwise']}"
+        )
         print(f"{'ok  ' if row['ok'] else 'MISS'} {name}: {shown}"[:600], flush=True)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "jax": jax.__version__,
                 "transformers": transformers.__version__}  # fmt: skip

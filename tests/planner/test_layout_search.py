@@ -44,9 +44,7 @@ def found(config, chip=CHIP, room=1e12, best=1, slower=()):
         assert experiment.resolve(config, candidate.words) == changed
         return candidate.step_s + 1e6 * (candidate.mesh in slower), candidate.text
 
-    return search.search(
-        config, DEVICES, chip, lambda mesh: Links(), room=room, compile=compiled, best=best
-    )
+    return search.search(config, DEVICES, chip, lambda mesh: Links(), room=room, compile=compiled, best=best)
 
 
 def axes(candidate):

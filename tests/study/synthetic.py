@@ -92,9 +92,7 @@ def grid() -> tuple[Study, list[Row]]:
         worse = 0.2 * math.log10(lr / 1e-3) ** 2 + 0.1 * abs(wd - 0.1) ** 0.5
         values = {k: v + worse if "/" in k else v for k, v in row.values.items()}
         gone = lr * wd >= 1e-2
-        out.append(
-            Row(**row.__dict__ | {"values": {} if gone else values, "status": "diverged" if gone else "done"})
-        )
+        out.append(Row(**row.__dict__ | {"values": {} if gone else values, "status": "diverged" if gone else "done"}))
     return made, out
 
 

@@ -34,7 +34,8 @@ def get_study():
         base=config,
         variants={
             f"{kind}{depth}": {"model.shortcut": kind == "residual", "model.depth": depth}
-            for kind in ("plain", "residual") for depth in DEPTHS
+            for kind in ("plain", "residual")
+            for depth in DEPTHS
         },
         seeds=(0, 1, 2, 3, 4),
         metric="validation/loss",

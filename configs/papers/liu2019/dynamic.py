@@ -30,7 +30,9 @@ def get_study():
         claims=(
             dict(better="dynamic", worse="static", text="Dynamic masking is better than static"),
             dict(
-                better="dynamic", worse="static", margin=-0.01,
+                better="dynamic",
+                worse="static",
+                margin=-0.01,
                 text="Dynamic masking is at least as good as static (within a point)",
             ),
         ),

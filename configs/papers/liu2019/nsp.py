@@ -48,7 +48,9 @@ def get_study():
         claims=(
             dict(better="without", worse="with", text="Masked accuracy is better without the second loss"),
             dict(
-                better="without", worse="with", margin=-0.005,
+                better="without",
+                worse="with",
+                margin=-0.005,
                 text="Nothing is lost without it (within half a point of masked accuracy)",
             ),
         ),
