@@ -5,6 +5,8 @@ Standard library only.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,6 @@ def write(path: Any, data: bytes | str) -> None:
     with temporary.open("wb") as file:
         file.write(data.encode() if isinstance(data, str) else data)
         file.flush()
-        if isinstance(path, Path):
+        with contextlib.suppress(AttributeError, io.UnsupportedOperation):  # an object store has no descriptor
             os.fsync(file.fileno())  # else the new name may reach the disk before the content
     temporary.replace(path)

@@ -43,7 +43,7 @@ class Table:
         return len(self.lines)
 
     def where(self, row: int) -> str:
-        """ "FILE line N", for messages."""
+        """Its place for messages: "FILE line N"."""
         return f"{self.names[row]} line {self.lines[row]}"
 
     def column(self, name: str) -> list[Any]:

@@ -18,7 +18,7 @@ row_vector = Layout(lambda x: (x[0],), lambda x: (np.asarray(x)[None],))  # [1, 
 
 
 def head(c: Config) -> str:
-    """ "lm" or "none", from "architectures"."""
+    """The head that "architectures" names: "lm" or "none"."""
     name = str((c.get("architectures") or ["ForConditionalGeneration"])[0])
     if name.endswith(("ForConditionalGeneration", "WithLMHeadModel")):
         return "lm"

@@ -22,7 +22,7 @@ PLOTS = {
 
 
 def interval(found: Mapping[str, Any] | None) -> str:
-    """ "low to high", or "–"."""
+    """An interval as "low to high", or "–" where there is none."""
     if not found or found.get("low") is None:
         return "–"
     return f"{number(found['low'])} to {number(found['high'])}"

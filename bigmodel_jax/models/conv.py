@@ -195,7 +195,7 @@ def max_pool(x: jax.Array, side: int = 3, stride: int = 2) -> jax.Array:
 
 
 def pool(x: jax.Array, kind: str, side: int, stride: int) -> jax.Array:
-    """ "max" or "mean" over side x side windows that lie inside. [B, H, W, C] -> [B, H', W', C]."""
+    """Pooling, "max" or "mean", over side x side windows that lie inside. [B, H, W, C] -> [B, H', W', C]."""
     views = _windows(x, (side, side), stride, ((0, 0), (0, 0)))
     return functools.reduce(jnp.maximum, views) if kind == "max" else sum(views) / len(views)
 
