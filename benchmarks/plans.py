@@ -104,7 +104,7 @@ def markdown(rows: dict) -> str:
             if row is None:
                 lines.append(f"| {model} | {target} | not compiled yet | | | | | | | | | |")
                 continue
-            layout = ", ".join(f"{axis} {size}" for axis, size in row["mesh"].items())
+            layout = ", ".join(f"{axis} {row['mesh'][axis]}" for axis in AXES if axis in row["mesh"])
             rest = [word.removeprefix("--config.") for word in row["overrides"]]
             layout += "".join(f", {word}" for word in rest if word.split("=")[0] not in SHOWN)
             cells = [_cell(row["memory"], name, 2**30, form) for name, form in (("needs", ".2f"), ("memory", ".1f"))]
