@@ -2,15 +2,10 @@
 
 GPT-2 (Radford et al. 2019): learned positions, pre-norm blocks, tanh GELU, tied embeddings;
 `scaled_dot_product_attention` and fused AdamW. Needs only torch.
-
-    python -m benchmarks.peers.torch_gpt 6 384 6 256 256 8 [bfloat16]   # layers, dim, heads, vocab, length, batch
 """
 
 from __future__ import annotations
 
-import statistics
-import sys
-import time
 from collections.abc import Callable
 
 import torch
@@ -99,19 +94,3 @@ def step_fn(
         return loss.item()
 
     return step
-
-
-def main() -> None:
-    layers, dim, heads, vocab, length, batch = (int(a) for a in sys.argv[1:7])
-    step = step_fn(layers, dim, heads, vocab, length, batch, *sys.argv[7:])
-    step()
-    times = []
-    for _ in range(7):
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
-    print(f"{1e3 * statistics.median(times):.1f} ms")
-
-
-if __name__ == "__main__":
-    main()

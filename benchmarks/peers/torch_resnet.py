@@ -3,15 +3,10 @@
 ResNet v1.5 (He et al. 2015, stride on the 3x3 convolution) with batch norm, ImageNet or CIFAR stem.
 Needs only torch. `step_fn` gives one training step (forward, backward, Nesterov momentum with L2),
 in channels_last memory format, which is torch's fast one on CPU.
-
-    python benchmarks/peers/torch_resnet.py 50 64 8      # depth, image side, batch: ms per step
 """
 
 from __future__ import annotations
 
-import statistics
-import sys
-import time
 from collections.abc import Callable
 
 import torch
@@ -93,20 +88,3 @@ def step_fn(depth: int, side: int, batch: int, num_classes: int = 1000, stem: st
         return loss.item()
 
     return step
-
-
-def main() -> None:
-    depth, side, batch = (int(a) for a in sys.argv[1:4])
-    small = side <= 32
-    step = step_fn(depth, side, batch, 10 if small else 1000, "cifar" if small else "imagenet")
-    step()
-    times = []
-    for _ in range(7):
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
-    print(f"{1e3 * statistics.median(times):.1f} ms")
-
-
-if __name__ == "__main__":
-    main()
