@@ -6,7 +6,8 @@ Equality: 20 steps in float32, largest relative difference of the loss over all 
 float64, of the parameters (goal 1e-9), for the first and the last lane, in each way that lanes can be carried.
 Time: of steady steps, alone and together in turn and the least of several rounds, so that a neighbour on the
 machine does not decide; the goal of 1.2 is for the way that is chosen by itself on this platform. The Transformer's
-learning rate is 0.001: at 0.003 training itself makes 1.2e-9 of an error of rounding in 200 steps. Results are kept in results/vmapped_seeds.json, case by case.
+learning rate is 0.001: at 0.003 training itself makes 1.2e-9 of an error of rounding in 200 steps. Results are kept
+in results/vmapped_seeds.json, case by case.
 """
 
 from __future__ import annotations
