@@ -2,6 +2,7 @@
 
     python benchmarks/mup_transfer.py                 # what is missing, smallest first; kill and restart as you like
     python benchmarks/mup_transfer.py --widths 64,128 --limit-minutes 10
+    python benchmarks/mup_transfer.py --kinds mup     # beside a process of --kinds standard, once width 64 is there
     python benchmarks/mup_transfer.py --report        # results/mup_transfer.json and .png from what is there
 
 Decoders of two layers, widths 64 to 512 in heads of 32, on 1M bytes of Python's standard library (488 steps of
@@ -13,9 +14,9 @@ mup is 64, where both parametrisations are one and share their runs.
 Every finished cell is a line of results/mup_transfer.jsonl. Goal: best rates within 1.5x under mup; where those of the
 standard parametrisation lie within 3x, the comparison is undecided.
 
-Cost, from steps measured on a busy machine of two cores: a cell of width 64, 128, 256 and 512 takes about 28, 100, 280
-and 870 CPU seconds. With six rates a width that is 13 CPU hours in all, 9 of them at width 512: 6 to 7 hours on
-two quiet cores. Seeds of widths up to 128 are lanes of one program, the wide ones run alone.
+Cost, from ten steps of each on quiet cores: a cell of width 64 takes about 28 CPU seconds, one of width 512 some 420,
+and on a busy machine up to twice that; with six rates a width 6 CPU hours in all, two thirds of them at width 512.
+Seeds of widths up to 128 are lanes of one program, the wide ones run alone.
 """
 
 from __future__ import annotations
@@ -165,10 +166,10 @@ class Cells:
         return {"lr": rate(bottom(mean)), "by_seed": each, "loss": min(mean), "rates": [rate(k) for k in near]}
 
 
-def run(cells: Cells, widths: list[int], stop: float) -> bool:
+def run(cells: Cells, widths: list[int], kinds: list[str], stop: float) -> bool:
     """Run what is missing, narrow widths first; False when the time is up before the end."""
     for width in widths:
-        for kind in ("standard", "mup"):
+        for kind in kinds:
             before = [w for w in widths if w < width and cells.at(w, kind)]
             start = cells.best(before[-1], kind) if before else 0
             while (todo := cells.next(width, kind, start)) is not None:
@@ -237,15 +238,16 @@ def _plot(cells: Cells, widths: list[int], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", default="64,128,256,512")
+    parser.add_argument("--kinds", default="standard,mup")
     parser.add_argument("--limit-minutes", type=float, default=0.0, help="start no further cell after so long")
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--out", default=str(RESULTS / "mup_transfer.jsonl"))
     args = parser.parse_args()
     widths = [int(w) for w in args.widths.split(",")]
-    cells = Cells(Path(args.out))
     stop = time.monotonic() + 60 * args.limit_minutes if args.limit_minutes else np.inf
-    if args.report or run(cells, widths, stop):
-        report(cells, widths, Path(args.out).with_suffix(".json"))
+    if args.report or run(Cells(Path(args.out)), widths, args.kinds.split(","), stop):
+        # Read again: another process may have added the other kind.
+        report(Cells(Path(args.out)), widths, Path(args.out).with_suffix(".json"))
     else:
         print("out of time; the same command goes on")
 

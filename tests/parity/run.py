@@ -7,7 +7,7 @@ ours -> reference    fresh parameters, export, from_pretrained: the same
 bitwise              reference -> ours -> export keeps every tensor; ours -> export -> import every parameter
 control              two rows of the table exchanged: the outputs must differ
 
-Writes results/parity.json, one row per case; exits 1 where one misses its goal.
+Writes results/parity.json, row by row; exits 1 where one misses its goal.
 """
 
 from __future__ import annotations
@@ -250,6 +250,18 @@ def check(name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def record(rows: dict[str, Any]) -> None:
+    """Rows into the result, beside what it has of other cases."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "jax": jax.__version__,
+                "transformers": transformers.__version__}  # fmt: skip
+    old = json.loads(RESULTS.read_text())["cases"] if RESULTS.exists() else {}
+    cases = {name: rows.get(name) or old.get(name) for name in CASES if name in rows or name in old}
+    RESULTS.write_text(json.dumps({
+        "command": "python tests/parity/run.py", "versions": versions, "cases": cases,
+        "goals": {"outputs": LOGITS, "gradients": GRADIENTS, "control": CONTROL},
+    }, indent=1, sort_keys=True) + "\n")  # fmt: skip
+
+
 def main(names: list[str]) -> int:
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
@@ -273,14 +285,7 @@ def main(names: list[str]) -> int:
             + f" control {row['reference_to_ours']['control']:.2g} bitwise {row['import_export_bitwise']}"
         )
         print(f"{'ok  ' if row['ok'] else 'MISS'} {name}: {shown}"[:600], flush=True)
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "jax": jax.__version__,
-                "transformers": transformers.__version__}  # fmt: skip
-    old = json.loads(RESULTS.read_text())["cases"] if RESULTS.exists() else {}  # also of a run meanwhile
-    cases = {name: rows.get(name) or old.get(name) for name in CASES if name in rows or name in old}
-    RESULTS.write_text(json.dumps({
-        "command": "python tests/parity/run.py", "versions": versions, "cases": cases,
-        "goals": {"outputs": LOGITS, "gradients": GRADIENTS, "control": CONTROL},
-    }, indent=1, sort_keys=True) + "\n")  # fmt: skip
+        record(rows)
     return 0 if all(row["ok"] for row in rows.values()) else 1
 
 
