@@ -2,6 +2,7 @@
 
     python benchmarks/text_baselines.py runs/first          # causal LM: compressors
     python benchmarks/text_baselines.py runs/mlm            # masked LM: counts of both neighbours
+    python benchmarks/text_baselines.py runs/mlm --config.data.rate=0.15      # both on other masks than in training
 
 Causal LM: bits per byte of gzip -9, bz2 -9, xz -9e, and xz primed with the training text (a
 dictionary that holds all of it), on the held-out documents joined. Masked LM: accuracy of a count
@@ -14,7 +15,9 @@ from __future__ import annotations
 import bz2
 import json
 import lzma
+import subprocess
 import sys
+import tempfile
 import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -87,10 +90,20 @@ def counts_accuracy(stream: np.ndarray, batches: list[dict[str, np.ndarray]]) ->
     return right_answers / total
 
 
-def main(run: str) -> None:
-    config = json.loads((Path(run) / "config.json").read_text())
-    exp = experiment.build(experiment.resolve(config))
-    found = json.loads((Path(run) / "result.json").read_text())["eval"]["validation"]
+def evaluated(run: str, overrides: list[str]) -> dict[str, float]:
+    """What the run says of its held-out set, or what `bigmodel eval` says of it as overridden."""
+    if not overrides:
+        return json.loads((Path(run) / "result.json").read_text())["eval"]["validation"]
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, "-m", "bigmodel_jax.cli", "eval", "--workdir", run, "--out", out, *overrides]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        return json.loads((Path(out) / "eval.json").read_text())["eval"]["validation"]
+
+
+def main(run: str, *overrides: str) -> None:
+    config = experiment.resolve(json.loads((Path(run) / "config.json").read_text()), overrides)
+    exp = experiment.build(config)
+    found = evaluated(run, list(overrides))
     held_out = exp.data.evals["validation"]
     train = tokens_of(exp.data.train.source)
     if config["data"]["name"] == "text":
@@ -104,10 +117,10 @@ def main(run: str) -> None:
     for name, value in row.items():
         print(f"{name:28} {value:.4f} {unit}")
     results = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    key = f"{config['model']['name']} {experiment.config_hash(config)}"
+    key = " ".join([config["model"]["name"], experiment.config_hash(config), *overrides])
     results[key] = {"steps": config["steps"], "unit": unit, **{k: round(v, 4) for k, v in row.items()}}
     RESULT.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
