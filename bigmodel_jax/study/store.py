@@ -185,7 +185,7 @@ class Store:
         return Claim(descriptor)
 
     def owner(self, cell: Cell) -> str:
-        """ "host pid" of who runs a cell, "" for nobody."""
+        """Who runs a cell, as "host pid"; "" for nobody."""
         path = self.folder(cell) / ".claim"
         if not path.exists():
             return ""
