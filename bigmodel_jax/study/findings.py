@@ -161,13 +161,13 @@ def sentence(claim: Claim, pair: Paired, verdict: Verdict, metric: str) -> str:
         runs = ", ".join(f"{k} of {name}" for k, name in zip(pair.diverged, (claim.better, claim.worse), strict=True))
         out = (
             f"{over}runs diverged ({runs}), so tested by ranks: {claim.better} is ahead in {pair.ahead:.0%} of "
-            f"all pairs of runs, Holm-corrected p = {probability(verdict.p)}"
+            f"all pairs of runs, Holm-corrected {equation(verdict.p)}"
         )
     else:
         side = {"supported": "all of it above", "contradicted": "all of it below", "undecided": "which contains"}
         out = (
             f"{over}mean gain {signed(pair.mean)} in {metric}, {_span(verdict.interval)} ({side[verdict.kind]} "
-            f"{margin}), Holm-corrected p = {probability(verdict.p)}"
+            f"{margin}), Holm-corrected {equation(verdict.p)}"
         )
     if verdict.kind == "undecided":
         return f"{out}. {_needed(pair, verdict)}"
@@ -201,6 +201,12 @@ def probability(value: float | None) -> str:
     if value is None:
         return "–"
     return "< 0.0001" if value < 1e-4 else f"{value:.2g}" if value < 0.1 else f"{value:.2f}"
+
+
+def equation(p: float) -> str:
+    """A p-value with its name: "p = 0.03", or "p < 0.0001"."""
+    text = probability(p)
+    return f"p {text}" if text.startswith("<") else f"p = {text}"
 
 
 def _missing(study: Study, variants: Sequence[Mapping[str, Any]]) -> list[str]:
