@@ -1,11 +1,15 @@
 """Residual against plain networks as depth grows: He et al. 2016 (arXiv:1512.03385), 4.2, figure 6 and table 6.
 
-    bigmodel study run configs/papers/he2016/plain_vs_residual.py --workdir runs/plain_vs_residual --processes 2
+    bigmodel study run configs/papers/he2016/plain_vs_residual.py --workdir runs/plain_vs_residual --together 5
     bigmodel train --config configs/papers/he2016/plain_vs_residual.py:residual44 --workdir runs/residual44
 
 The paper trains depths 20 to 110 for 64,000 steps on CIFAR-10. Here: the same networks at half the width, depths 8,
-20 and 44, on 8x8 digits for 300 steps: 10 to 40 s of CPU time a cell. What must carry over is the direction of the
-effect: plain networks get worse with depth, residual ones do not.
+20 and 44, on 8x8 digits for 300 steps: 4 to 17 CPU seconds a cell, the five seeds of a variant in one program. What
+must carry over is the direction of the effect: plain networks get worse with depth, residual ones do not.
+
+Came out, 5 seeds (results/studies/plain_vs_residual): held-out loss 0.062, 0.560 and 1.614 of plain networks, 0.059,
+0.066 and 0.102 of residual ones. All three claims are supported, each with p < 0.0001 after Holm. A loss of 0.102 at
+depth 44 against 0.059 at 8 is no sign that depth helps residual networks here: 300 steps on small digits are too easy.
 """
 
 from ml_collections import ConfigDict

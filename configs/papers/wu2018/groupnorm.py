@@ -1,12 +1,17 @@
 """Batch norm against group norm at small batches: Wu & He 2018 (arXiv:1803.08494), table 2 and figure 4.
 
-    bigmodel study run configs/papers/wu2018/groupnorm.py --workdir runs/groupnorm --processes 2
+    bigmodel study run configs/papers/wu2018/groupnorm.py --workdir runs/groupnorm --together 5
     bigmodel study report configs/papers/wu2018/groupnorm.py --workdir runs/groupnorm
 
 In the paper the batch of a GPU shrinks from 32 to 2 images, and the learning rate with it; batch norm normalises over
 a GPU's images. Here the batch stays at 64 and batch norm's groups shrink from 32 to 2 (model.bn_group), which varies
 the normalisation alone; group norm does not see the difference, so it is one variant. ResNet-14 of 16 channels on 8x8
 digits in place of ResNet-50 on ImageNet.
+
+Came out, 5 seeds (results/studies/groupnorm): every variant ends between 98.2% and 98.8%, and all four claims are
+undecided. Groups of 2 rows end 0.28 points below groups of 32 (98.75% interval -0.10 to 0.66), where the paper has 11
+points: images this small leave little to lose. Nine seeds would settle the first claim, 38 to 164 the others. 10 to 14
+CPU seconds a run, the five seeds of a variant in one program.
 """
 
 from ml_collections import ConfigDict

@@ -1,11 +1,15 @@
 """Mixup and label smoothing on one ResNet: Zhang et al. 2018 (arXiv:1710.09412), Szegedy et al. 2016 (1512.00567).
 
-    bigmodel study run configs/papers/zhang2018/mixup_smoothing.py --workdir runs/mixup_smoothing --processes 2
+    bigmodel study run configs/papers/zhang2018/mixup_smoothing.py --workdir runs/mixup_smoothing --together 8
     bigmodel study report configs/papers/zhang2018/mixup_smoothing.py --workdir runs/mixup_smoothing
 
 Mixup in its paper (figure 3a) lowers the CIFAR-10 error of a PreAct ResNet-18 from 5.6 to 4.2%; label smoothing in
 its (table 3) the ImageNet top-1 error of an Inception network from 23.1 to 22.8%. Here: ResNet-14 on 500 of
 scikit-learn's 8x8 digits, few enough for a regulariser to matter.
+
+Came out, 8 seeds (results/studies/mixup_smoothing): 97.95% plain, 97.29% with mixup, 98.26% with smoothing, 97.22% with
+both; all three claims are undecided. Mixup leans against its paper (-0.66 points, 98.3% interval -1.81 to 0.49; 29
+seeds would settle it), smoothing for its own (+0.31, -0.50 to 1.12; 61 seeds). 8 to 9 CPU seconds a run.
 """
 
 from ml_collections import ConfigDict
