@@ -30,7 +30,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
-from bigmodel_jax import checkpoint, tree  # noqa: E402
+from bigmodel_jax import atomic, checkpoint, tree  # noqa: E402
 from bigmodel_jax.checkpoint import Checkpointer  # noqa: E402
 from bigmodel_jax.errors import InputError, RunError  # noqa: E402
 
@@ -337,9 +337,7 @@ def main(rows: Rows, description: str) -> None:
             else:
                 row["failures"].append(f"trial {number}: {verdict}")
             out.parent.mkdir(parents=True, exist_ok=True)
-            temporary = out.with_suffix(".tmp")
-            temporary.write_text(json.dumps(table, indent=1) + "\n")
-            temporary.replace(out)
+            atomic.write(out, json.dumps(table, indent=1) + "\n")
         print(
             f"{name:38} {row['done']:4}/{wanted:<4} passed {row['passed']:4} "
             f"harmless {row['harmless']:3} failed {len(row['failures'])}",

@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -32,7 +33,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 from benchmarks import faults  # noqa: E402
-from bigmodel_jax import experiment, tree  # noqa: E402
+from bigmodel_jax import experiment, metrics  # noqa: E402
 from bigmodel_jax.parallel.feed import global_batch  # noqa: E402
 from bigmodel_jax.programs import Programs  # noqa: E402
 
@@ -69,9 +70,7 @@ def outcome(workdir: Path) -> tuple[str, list[tuple[int, float]]]:
 
 
 def losses(workdir: Path) -> list[tuple[int, float]]:
-    lines = (workdir / "metrics.jsonl").read_text().splitlines() if (workdir / "metrics.jsonl").exists() else []
-    rows = [json.loads(line) for line in lines if line.endswith("}")]
-    return [(row["step"], row["loss"]) for row in rows if "event" not in row]
+    return [(row["step"], row["loss"]) for row in metrics.read(workdir, "")]
 
 
 @functools.cache
@@ -125,7 +124,7 @@ class Fed:
         self.step = self.programs.step(self.size)
         self.good = [self.exp.data.train.batch(n) for n in range(24)]
 
-    def run(self, batches: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    def run(self, batches: list[dict[str, np.ndarray]]) -> dict[str, Any]:
         """Everything a run is made of, except the guard's count of what it has skipped."""
         state = self.programs.init(self.key)
         for batch in batches:
@@ -133,10 +132,10 @@ class Fed:
             state, _ = self.step(
                 state, global_batch(rows, self.programs.batch_sharding, self.exp.cut(self.size)), self.key
             )
-        return tree.flatten(jax.device_get({name: part for name, part in state.items() if name != "guard"}))
+        return jax.device_get({name: part for name, part in state.items() if name != "guard"})
 
     @functools.cached_property
-    def clean(self) -> dict[str, np.ndarray]:
+    def clean(self) -> dict[str, Any]:
         return self.run(self.good)
 
 
@@ -155,9 +154,7 @@ def poisoned(rng: np.random.Generator, work: Path) -> str:
         weights = bad["weights"].reshape(-1)
         weights[rng.integers(weights.size)] = rng.choice([np.nan, np.inf, -np.inf])
         batches.insert(int(rng.integers(len(batches) + 1)), bad)
-    found, clean = fed().run(batches), fed().clean
-    same = found.keys() == clean.keys() and all(np.array_equal(found[name], clean[name]) for name in clean)
-    return "passed" if same else "the bad batches have left a trace"
+    return "passed" if faults.equal(fed().run(batches), fed().clean) else "the bad batches have left a trace"
 
 
 ROWS = {

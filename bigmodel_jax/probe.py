@@ -22,9 +22,7 @@ from bigmodel_jax.errors import InputError
 from bigmodel_jax.evaluate import collect, spec
 from bigmodel_jax.experiment import Experiment
 from bigmodel_jax.learn import state as states
-from bigmodel_jax.learn import step as steps
 from bigmodel_jax.parallel import rules
-from bigmodel_jax.parallel.feed import abstract_batch
 from bigmodel_jax.programs import Programs, compiler_options, set_up_process
 from bigmodel_jax.screen import Screen
 
@@ -45,9 +43,7 @@ def features(exp: Experiment, programs: Programs, state: Any, pipeline: Pipeline
             hidden = (hidden * real).sum(1) / jnp.maximum(real.sum(1), 1)
         return {"features": hidden, "label": batch["label"]}
 
-    fields = abstract_batch(spec(pipeline), programs.eval_sharding, (exp.eval_rows,))
-    lowered = steps.jit_eval_step(record, programs.shardings, exp.mesh).lower(programs.state, fields)
-    step = lowered.compile(compiler_options())
+    step = programs.lower_rows(record, exp.eval_rows, spec(pipeline)).compile(compiler_options())
     found = collect(step, state, pipeline, programs.eval_sharding, exp.eval_rows)
     return found["features"], found["label"]
 

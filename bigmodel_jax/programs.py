@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -184,8 +185,12 @@ class Programs:
         """The evaluation step for batches of `rows` with the fields of `spec`, lowered."""
         exp = self.exp
         fn = steps.make_eval_step(exp.model.apply, exp.objective, layout=exp.layout, ema=self.ema > 0)
+        return self.lower_rows(fn, rows, spec)
+
+    def lower_rows(self, fn: Callable[[Any, Any], Any], rows: int, spec: Any) -> Any:
+        """fn of (state, batch of `rows` with the fields of `spec`), lowered."""
         batch = abstract_batch(spec, self.eval_sharding, (rows,))
-        return steps.jit_eval_step(fn, self.shardings, exp.mesh).lower(self.state, batch)
+        return steps.jit_eval_step(fn, self.shardings, self.exp.mesh).lower(self.state, batch)
 
     def _compile_evaluate(self, rows: int, spec: Any) -> Any:
         return self.lower_evaluate(rows, spec).compile(compiler_options())
@@ -207,8 +212,7 @@ class Programs:
         if exp.objective.records is None:
             raise InputError(f"objective '{exp.config['objective']['name']}' gives no per-example records")
         fn = steps.make_record_step(exp.model.apply, exp.objective, layout=exp.layout, ema=self.ema > 0)
-        batch = abstract_batch(spec, self.eval_sharding, (rows,))
-        return steps.jit_eval_step(fn, self.shardings, exp.mesh).lower(self.state, batch).compile(compiler_options())
+        return self.lower_rows(fn, rows, spec).compile(compiler_options())
 
     def eval_variables(self, state: Any) -> dict[str, Any]:
         """Parameters to evaluate and sample with: the average where one is kept."""
