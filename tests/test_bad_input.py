@@ -135,6 +135,8 @@ def test_bad_input(name, home, shards, monkeypatch, capsys):
         (["eval", "--workdir", "nowhere"], ["nowhere", "not a run"]),
         (["generate", "--workdir", "nowhere"], ["nowhere", "not a run"]),
         (["prepare", "--source", "nowhere.txt", "--out", "x"], ["nowhere.txt"]),
+        (["status", "x", "--config.steps=1"], ["no config", "--config.steps=1"]),
+        (["train", "--config", "x", "--workdir", "x", "--seeds", "0", "--lanes", "x"], ["--lanes", "not allowed"]),
     ],
 )
 def test_bad_commands(argv, words, monkeypatch, capsys, tmp_path):

@@ -250,7 +250,9 @@ def test_kill_9_inside_a_save_never_costs_a_committed_step(tmp_path):
         )
         restored, deadline = None, None
         for line in child.stdout:
-            word, number = line.split()
+            word, _, number = line.strip().partition(" ")
+            if word == "ignoring":  # killed while it deleted an old step
+                continue
             if word == "restored":
                 restored = int(number)
                 assert restored >= committed, "lost a committed step"
