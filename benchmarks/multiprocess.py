@@ -58,7 +58,7 @@ os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 """
 
 
-def write_config(folder: Path) -> Path:
+def write_config(folder: Path, steps: int = STEPS) -> Path:
     """A corpus and a config file in `folder`; the file."""
     corpus = folder / "corpus"
     corpus.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def write_config(folder: Path) -> Path:
         (corpus / f"{number}.txt").write_text(words + "\n")
     path = folder / "configs" / "job.py"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(CONFIG.format(steps=STEPS, every=EVERY, corpus=str(corpus), cache=str(folder / "cache")))
+    path.write_text(CONFIG.format(steps=steps, every=EVERY, corpus=str(corpus), cache=str(folder / "cache")))
     return path
 
 

@@ -26,6 +26,7 @@ from benchmarks.multiprocess import DEVICES, ROOT, at_step, final_hash, unbroken
 
 RESULTS = ROOT / "results" / "slurm.json"
 BOUND_S = 600.0
+STEPS = 80  # a signal at step 17 finds it running, however slow Slurm's commands are
 
 
 def shell(*command: str) -> str:
@@ -85,7 +86,7 @@ def main() -> None:
         raise SystemExit("benchmarks.slurm: NOT RUN: no Slurm here; see launch/slurm_here")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        config = write_config(folder)
+        config = write_config(folder, STEPS)
         wanted = unbroken(config, folder, 2)
         found = preempted_twice(config, folder / "job")
         found["equal"] = (folder / "job" / "result.json").exists() and final_hash(folder / "job") == wanted

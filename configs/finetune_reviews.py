@@ -37,7 +37,7 @@ def get_config(arg: str = "finetune,0") -> ConfigDict:
         "tokenizer": "bpe", "vocab_size": 6000, "length": 96,
     }  # fmt: skip
     if pretrain:
-        config.data = {"name": "masked_table", **rows}
+        config.data = {"name": "masked_table", "rate": 0.3, **rows}
         config.objective = {"name": "masked_lm"}
         config.optimizer = {"name": "muon", "lr": 6e-3, "weight_decay": 0.0, "clip": 1.0}
     else:
