@@ -151,11 +151,11 @@ def test_no_junk_drawers_and_no_long_files():
     assert BANNED.search("bigmodel_jax/utils.py")
 
 
-def documented_tree(readme: str) -> set[str]:
+def documented_tree(readme: str) -> list[str]:
     """Files named in the README's annotated tree: the fenced block that starts with 'bigmodel/'."""
     block = re.search(r"```text\nbigmodel/\n(.*?)```", readme, re.S)[1]
     stack: list[str] = []
-    files = set()
+    files = []
     for line in block.splitlines():
         if not line.strip():
             continue
@@ -163,7 +163,7 @@ def documented_tree(readme: str) -> set[str]:
         depth = (len(line) - len(line.lstrip())) // 2
         stack = stack[: depth - 1] + [name]
         if not name.endswith("/"):
-            files.add("".join(stack))
+            files.append("".join(stack))
     return files
 
 
@@ -173,8 +173,11 @@ def test_readme_tree_is_the_real_tree():
     ).stdout.split()
     code = {f for f in tracked if f.endswith(".py") and f.split("/")[0] in ("bigmodel_jax", "configs", "benchmarks")}
     code = {f for f in code if not f.endswith("__init__.py")}
-    named = {f for f in documented_tree((ROOT / "README.md").read_text()) if f.endswith(".py")}
-    named = {f for f in named if f.split("/")[0] in ("bigmodel_jax", "configs", "benchmarks")}
+    documented = documented_tree((ROOT / "README.md").read_text())
+    assert sorted(set(documented)) == sorted(documented), "named twice in README"
+    named = {
+        f for f in documented if f.endswith(".py") and f.split("/")[0] in ("bigmodel_jax", "configs", "benchmarks")
+    }
     assert named - code == set(), "named in README, not in the tree"
     assert code - named == set(), "in the tree, not named in README"
 
