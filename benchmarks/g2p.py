@@ -73,14 +73,15 @@ def main() -> None:
         errors, phonemes = errors + best, phonemes + length
     n, rate = len(words), float(np.mean(wrong))
     spread = 1.96 * (rate * (1 - rate) / n) ** 0.5
+    name = Path(options.run).resolve().name
     row = {
-        "run": options.run, "step": step, "words": n, "word_error_rate": rate,
+        "run": name, "step": step, "words": n, "word_error_rate": rate,
         "interval": [rate - spread, rate + spread],
         "with_stress": float(np.mean(stress)) if settings["stress"] else None,
         "phoneme_error_rate": errors / phonemes, "seconds": round(seconds, 1),
     }  # fmt: skip
     rows = json.loads(RESULT.read_text()) if RESULT.exists() else []
-    RESULT.write_text(json.dumps([r for r in rows if r["run"] != options.run] + [row], indent=1) + "\n")
+    RESULT.write_text(json.dumps([r for r in rows if r["run"] != name] + [row], indent=1) + "\n")
     print(json.dumps(row, indent=1))
 
 
