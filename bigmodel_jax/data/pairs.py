@@ -1,7 +1,7 @@
 """Source and target texts for an encoder-decoder: pairs from tables, and a pronouncing dictionary.
 
 A batch row is source, source_segments [S], and tokens, targets, weights [L]: both texts end with eos, and
-the decoder's first input is `start`.
+the decoder's first input is `start`. A row of several pairs also has source_positions [S], segments, positions [L].
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ import numpy as np
 from bigmodel_jax.data import packages, tables
 from bigmodel_jax.data.loaded import Loaded, Progress, Spec, ramp
 from bigmodel_jax.data.order import RowRng
+from bigmodel_jax.data.packing import best_fit
 from bigmodel_jax.data.pipeline import Pipeline
 from bigmodel_jax.data.splits import shuffled
+from bigmodel_jax.data.text import since
 from bigmodel_jax.data.tokenizer import Tokenizer, check_settings, load_tokenizer, train_tokenizer
 from bigmodel_jax.errors import InputError
 
@@ -112,7 +114,8 @@ class Ragged:
 class Teach:
     """source [n, S] and target [n, L], -1 behind the end -> a batch for an encoder-decoder, fed the truth.
 
-    source_pad, pad: ids that fill what is behind the end. start: the decoder's first input.
+    Rows of several pairs come with source_segments and segments, the number of the pair from 0 (-1 behind the end).
+    source_pad, pad: ids that fill what is behind the end. start: the decoder's first input, of every pair.
     """
 
     source_pad: int
@@ -122,14 +125,45 @@ class Teach:
     def __call__(self, batch: dict[str, np.ndarray], rng: RowRng | None) -> dict[str, np.ndarray]:
         source, target = batch["source"], batch["target"]
         targets = np.where(target < 0, np.int32(self.pad), target)
-        first = np.full((len(targets), 1), self.start, np.int32)
-        return {
+        out = {
             "source": np.where(source < 0, np.int32(self.source_pad), source),
             "source_segments": (source >= 0).astype(np.int32),
-            "tokens": np.concatenate([first, targets[:, :-1]], axis=1),
             "targets": targets,
             "weights": (target >= 0).astype(np.float32),
         }
+        first = np.arange(targets.shape[1])[None] == 0
+        if "segments" in batch:
+            first, source_first = _changes(batch["segments"]), _changes(batch["source_segments"])
+            out |= {
+                "source_segments": batch["source_segments"] + 1,
+                "source_positions": since(source_first) * (source >= 0),
+                "segments": batch["segments"] + 1,
+                "positions": since(first) * (target >= 0),
+            }
+        return out | {"tokens": np.where(first, np.int32(self.start), np.roll(targets, 1, axis=1))}
+
+
+def _changes(segments: np.ndarray) -> np.ndarray:
+    """Where a row's next segment begins, [B, L] bool."""
+    return np.diff(segments, axis=1, prepend=-2) != 0
+
+
+def pack(sources: Sequence[np.ndarray], targets: Sequence[np.ndarray], widths: tuple[int, int]) -> Ragged:
+    """Rows of as many pairs as fit: sources end to end in one half, targets in the other, in the same order.
+
+    widths: tokens of both halves, at least those of any pair. Which pairs share a row is always the same: best-fit
+    decreasing (packing.py) by the fuller half, pairs of one length in random order.
+    """
+    sizes = np.array([[len(s), len(t)] for s, t in zip(sources, targets, strict=True)], np.int64).reshape(-1, 2)
+    order = np.asarray(shuffled(len(sizes), 0, "packing"), np.int64)
+    rows = best_fit((sizes * widths[::-1]).max(1)[order], widths[0] * widths[1])
+    held = np.split(order[np.argsort(rows, kind="stable")], np.cumsum(np.bincount(rows))[:-1])
+    held = [row for row in held if len(row)]  # no pairs, no row
+    fields = {"source": (sources, widths[0]), "target": (targets, widths[1])}
+    joined = {name: ([np.concatenate([x[i] for i in row]) for row in held], w) for name, (x, w) in fields.items()}
+    for name, (x, width) in {"source_segments": fields["source"], "segments": fields["target"]}.items():
+        joined[name] = [np.repeat(np.arange(len(row)), [len(x[i]) for i in row]) for row in held], width
+    return Ragged(joined)
 
 
 @dataclass(frozen=True)
@@ -142,6 +176,8 @@ class Pairs:
     target_tokenizer: likewise, "" is one tokenizer for both. vocab_size: of bpe and unigram.
     source_length, length: tokens of source and target, eos included. Longer ones are counted, and cut; with
     drop_long such pairs are left out of training (never out of evaluation).
+    packed: a row of training holds as many pairs as fit, none of which sees another; batch_size counts rows. Rows
+    of evaluation hold one pair, and are as wide as the longest.
     start: the decoder's first input; -1 is eos.
     """
 
@@ -156,11 +192,14 @@ class Pairs:
     source_length: int = 64
     length: int = 64
     drop_long: bool = False
+    packed: bool = False
     start: int = -1
 
     def spec(self) -> Spec:
         source, target = ((self.source_length,), "int32"), ((self.length,), "int32")
         fields = {"source": source, "source_segments": source, "tokens": target, "targets": target}
+        if self.packed:
+            fields |= {"source_positions": source, "segments": target, "positions": target}
         return fields | {"weights": ((self.length,), "float32")}
 
     def texts(self, files: str | tuple) -> tuple[list[str], list[str]]:
@@ -187,12 +226,19 @@ class Pairs:
         teach = Teach(reader.pad, writer.pad, start)
         rows, report = {}, {}
         for name, (left, right) in splits.items():
-            fields = {"source": (left, reader, self.source_length), "target": (right, writer, self.length)}
-            found = {key: encoded(*what) for key, what in fields.items()}
-            long = np.any([is_long for _, is_long in found.values()], axis=0)
+            widths = self.source_length, self.length
+            found = [encoded(*what) for what in zip((left, right), (reader, writer), widths, strict=True)]
+            long = np.any([is_long for _, is_long in found], axis=0)
             kept = np.flatnonzero(~long | (not self.drop_long or name != "train"))
-            rows[name] = Ragged({key: ([found[key][0][i] for i in kept], fields[key][2]) for key in fields})
+            source, target = ([tokens[i] for i in kept] for tokens, _ in found)
             report[name] = {"pairs": len(left), "sources": len(set(left)), "too_long": int(long.sum())}
+            if self.packed and name == "train":
+                rows[name] = pack(source, target, widths)
+                report[name] |= {"rows": len(rows[name])}
+                continue
+            if self.packed:
+                widths = tuple(max(map(len, tokens), default=1) for tokens in (source, target))
+            rows[name] = Ragged({"source": (source, widths[0]), "target": (target, widths[1])})
         evals = {name: rows[name] for name in ("validation",) if len(rows[name])}
         return Loaded(
             Pipeline(rows["train"], ramp(batch_size), seed, (teach,)),

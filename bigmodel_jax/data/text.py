@@ -29,6 +29,12 @@ class NextToken:
         }
 
 
+def since(starts: np.ndarray) -> np.ndarray:
+    """[B, L] int32: how many places each lies behind the last start [B, L] at or before it."""
+    place = np.arange(starts.shape[1], dtype=np.int32)
+    return place - np.maximum.accumulate(np.where(starts, place, 0), axis=1)
+
+
 @dataclass(frozen=True)
 class Documents:
     """Segments and positions [B, L] int32 of stream rows: a document begins at each end-of-text token.
@@ -42,9 +48,7 @@ class Documents:
     def __call__(self, batch: Batch, rng: RowRng) -> Batch:
         starts = batch["tokens"] == self.eos
         starts[:, :1] = True
-        place = np.arange(starts.shape[1], dtype=np.int32)
-        segments = np.cumsum(starts, axis=1, dtype=np.int32)
-        positions = place - np.maximum.accumulate(np.where(starts, place, 0), axis=1)
+        segments, positions = np.cumsum(starts, axis=1, dtype=np.int32), since(starts)
         if "weights" in batch:
             real = batch["weights"] > 0
             segments, positions = segments * real, positions * real

@@ -1,13 +1,16 @@
 """Pairs of texts, the pronouncing dictionary, and span corruption against its definition."""
 
+import jax
 import numpy as np
 import pytest
 
 from bigmodel_jax.data.datasets import DATASETS, Text
 from bigmodel_jax.data.order import RowRng
-from bigmodel_jax.data.pairs import Ragged, Symbols, Teach, hold_out, pronunciations
+from bigmodel_jax.data.pairs import Ragged, Symbols, Teach, hold_out, pack, pronunciations
 from bigmodel_jax.data.spans import CorruptSpans, counts, lengths
 from bigmodel_jax.errors import InputError
+from bigmodel_jax.learn import objectives
+from bigmodel_jax.models import MODELS
 from tests import tiny
 
 DICT = """# a comment
@@ -66,6 +69,88 @@ def test_a_batch_reads_as_its_texts(tmp_path):
     assert shared.source_vocab_size == 0 and shared.source_tokenizer.encode("x a").min() > 2
     with pytest.raises(InputError, match="neither a file nor one of"):
         DATASETS["pairs"](files=str(path), source_tokenizer="letters").load(seed=0, batch_size=3, eval_batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """A file of 300 pairs of words of 1 to 9 letters and what they say, and the pairs."""
+    rng, rows = np.random.default_rng(0), []
+    for _ in range(300):
+        word = "".join(rng.choice(list("abcdef"), rng.integers(1, 10)))
+        rows.append((word, " ".join(letter.upper() for letter in word if letter != "e") or "E"))
+    path = tmp_path_factory.mktemp("pairs") / "many.tsv"
+    path.write_text("".join("\t".join(row) + "\n" for row in [("source", "target"), *rows]))
+    return path, rows
+
+
+def pairs_of(path, **options):
+    data = DATASETS["pairs"](
+        files=str(path), validation_fraction=0.1, source_tokenizer="characters", target_tokenizer="words",
+        source_length=30, length=24, **options,
+    )  # fmt: skip
+    return data, data.load(seed=3, batch_size=5, eval_batch_size=5)
+
+
+def test_packed_rows_hold_every_pair_once_and_the_same_ones_for_any_seed(many):
+    path, rows = many
+    data, loaded = pairs_of(path, packed=True)
+    _, alone = pairs_of(path)
+    reader, writer, source = loaded.source_tokenizer, loaded.tokenizer, loaded.train.source
+    found = []
+    for r in range(len(source)):
+        row = {name: x[0] for name, x in Teach(reader.pad, writer.pad, 1)(source.gather(np.array([r])), None).items()}
+        for n in range(1, row["segments"].max() + 1):
+            reads, says = row["source_segments"] == n, row["segments"] == n
+            found.append((reader.decode(row["source"][reads]), writer.decode(row["targets"][says])))
+            assert row["targets"][says][-1] == writer.eos and row["source"][reads][-1] == reader.eos
+            assert row["tokens"][says].tolist() == [1, *row["targets"][says][:-1].tolist()]
+            assert row["positions"][says].tolist() == list(range(says.sum()))
+            assert row["source_positions"][reads].tolist() == list(range(reads.sum()))
+        assert (row["weights"] == (row["segments"] > 0)).all()
+    held = data.splits(3)["validation"]
+    assert sorted(found) == sorted(set_aside(rows, held[0]))
+    tokens = sum(len(word) + 1 for word, _ in found)
+    assert tokens / (30 * len(source)) > 0.85 and len(alone.train.source) == len(found)
+    assert loaded.report["train"]["rows"] == len(source)
+    batch = loaded.train.batch(0)
+    assert {name: (x.shape[1:], x.dtype.name) for name, x in batch.items()} == data.spec()
+    given = DATASETS["pairs"](files=str(path), validation=str(path), source_length=30, length=30, packed=True)
+    two = [given.load(seed=seed, batch_size=5, eval_batch_size=5) for seed in (3, 4)]
+    assert two[0].examples == two[1].examples, "runs of two seeds can be compared"
+    # Evaluation: one pair a row, as wide as the longest.
+    one = loaded.evals["validation"].batch(0)
+    assert "segments" not in one and one["source"].shape[1] == 1 + max(map(len, held[0]))
+    assert len(pack([], [], (3, 3))) == 0
+
+
+def set_aside(rows, held):
+    return [row for row in rows if row[0] not in set(held)]
+
+
+@pytest.mark.parametrize("positions", ["rotary", "learned", "none"])
+def test_a_pair_learns_the_same_in_company_as_alone(many, positions):
+    """Sums of the loss over all pairs, float64; without segments they differ."""
+    path, _ = many
+    (_, packed), (_, alone) = pairs_of(path, packed=True), pairs_of(path)
+    with jax.enable_x64(True):
+        model = MODELS["encoder_decoder"](
+            vocab_size=packed.vocab_size, source_vocab_size=packed.source_vocab_size, num_layers=1, embed_dim=8,
+            num_heads=2, max_length=32, positions=positions, relative_buckets=8 * (positions == "none"), dropout=0.0,
+            embed_dropout=0.0, attention_dropout=0.0, dtype="float64", param_dtype="float64",
+        )  # fmt: skip
+        variables = model.init(jax.random.key(0))
+
+        def total(loaded, drop=()):
+            source = loaded.train.source
+            teach = Teach(loaded.source_tokenizer.pad, loaded.tokenizer.pad, loaded.decoder_start)
+            batch = teach(source.gather(np.arange(len(source))), None)
+            batch = {name: x for name, x in batch.items() if name not in drop}
+            sums = jax.jit(lambda batch: objectives.seq2seq().sums(model.apply, variables, batch, train=False)[0])
+            return float(sums(batch)["loss"]), batch["weights"].sum()
+
+        (whole, count), (parts, same) = total(packed), total(alone)
+        assert count == same and whole == pytest.approx(parts, rel=1e-12)
+        assert abs(total(packed, ("segments",))[0] / parts - 1) > 1e-6
 
 
 def test_symbols_rows_and_splits():
