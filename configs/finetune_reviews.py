@@ -8,6 +8,15 @@ five stratified folds. The vocabulary and the pretraining see the training rows 
         --config.init_from.path=runs/reviews/0/pretrain
     bigmodel train --config configs/finetune_reviews.py:scratch,0 --workdir runs/reviews/0/scratch
     python benchmarks/finetune.py reviews                             all of it, and the SVM on characters
+
+Fold 0, seed 0, 3,476 held-out reviews, on one core (44 minutes of pretraining, 17 of either fine-tuning):
+
+    pretrained                85.30%   84.12 to 86.47     less from scratch  +2.82   1.78 to 3.94 (paired, 95%)
+    from scratch              82.48%   81.27 to 83.80     less the SVM       -0.03  -1.04 to 0.98
+    SVM on characters         85.33%   84.18 to 86.51
+
+Pretraining helps; it does not beat the SVM, which was the aim. 30% of the tokens are masked: with 15% the loss of
+masked tokens fell more slowly in the first 600 steps, and nothing else was tried.
 """
 
 from ml_collections import ConfigDict

@@ -14,17 +14,17 @@ from ml_collections import ConfigDict
 
 def get_config(arg=None):
     config = ConfigDict()
-    config.steps = 6000
-    config.batch_size = 256
+    config.steps = 12_000
+    config.batch_size = 32
     config.model = dict(
         name="encoder_decoder", num_layers=3, decoder_layers=3, embed_dim=128, num_heads=4, mlp_dim=512,
         positions="rotary", norm="rmsnorm", norm_bias=False, norm_placement="pre", bias=False, activation="swiglu",
-        embed_scale=1.0, dropout=0.1, embed_dropout=0.0, attention_dropout=0.0,
+        embed_scale=1.0, dropout=0.05, embed_dropout=0.0, attention_dropout=0.0,
     )  # fmt: skip
     config.objective = dict(name="seq2seq", label_smoothing=0.1)
     config.optimizer = dict(name="muon", lr=8e-3, clip=1.0)
     config.schedule = dict(name="linear", warmup=200)
-    config.data = dict(name="cmudict", source_length=16, length=16, drop_long=True)
-    config.eval = dict(batch_size=256, every=1000)
+    config.data = dict(name="cmudict", source_length=64, length=56, packed=True)
+    config.eval = dict(batch_size=256, every=2000)
     config.checkpoint = dict(every=1000)
     return config
