@@ -15,10 +15,12 @@ loss is on answers alone, in the chat template of data/instructions.py; a tenth 
 import json
 import keyword
 import os
-import tempfile
 from pathlib import Path
 
 from ml_collections import ConfigDict
+
+from bigmodel_jax import atomic
+from bigmodel_jax.data.storage import cache_root
 
 
 def words() -> list[str]:
@@ -29,8 +31,8 @@ def words() -> list[str]:
 
 
 def conversations() -> str:
-    """A JSONL file of questions and answers, written on first use."""
-    path = Path(tempfile.gettempdir()) / f"bigmodel-chat-{os.getuid() if hasattr(os, 'getuid') else 0}.jsonl"
+    """A JSONL file of questions and answers in the cache, written on first use."""
+    path = Path(cache_root()) / "conversations.jsonl"
     asked = (
         ("How long is the word '{}'?", lambda w: f"It has {len(w)} letters."),
         ("What does '{}' begin with?", lambda w: f"With the letter {w[0]}."),
@@ -46,7 +48,8 @@ def conversations() -> str:
     ]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     if not path.exists() or path.read_text() != text:
-        path.write_text(text)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write(path, text)
     return str(path)
 
 
