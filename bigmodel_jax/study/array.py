@@ -40,6 +40,7 @@ def script(args: argparse.Namespace, store: Store) -> str:
         sys.executable, "-m", "bigmodel_jax.cli", "study", "run", args.study, "--processes", str(args.processes),
         "--together", str(args.together), *(["--record"] if args.record else []),
         *(word for variant in args.only for word in ("--only", variant)),
+        *(["--pilot", str(args.pilot)] if args.pilot else []),
     ]  # fmt: skip
     directives = [*(f"#SBATCH {option}" for option in args.sbatch), f"#SBATCH --array=0-{args.slurm - 1}"]
     return launching.slurm_script(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +21,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes", type=int, default=1, help="runs at a time on this machine")
     parser.add_argument("--together", type=int, default=1, help="runs as lanes of one program, where they fit")
     parser.add_argument("--only", action="append", default=[], metavar="VARIANT", help="may be given several times")
+    parser.add_argument("--pilot", type=int, default=0, metavar="N", help="only the first N seeds of each variant")
     parser.add_argument("--out", default="", help="report: folder of page, tables and plots, default WORKDIR/report")
     parser.add_argument("--mixed", action="store_true", help="report: also rows that cannot be compared, and say so")
     parser.add_argument("--record", action="store_true", help="keep finished rows in results/studies, and count them")
@@ -35,6 +37,10 @@ def carry_out(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     if overrides:
         raise InputError(f"a study takes no overrides ({overrides[0]}): what it varies is in its file")
     study = spec.read(args.study)
+    if args.pilot:
+        if not 0 < args.pilot <= len(study.seeds):
+            raise InputError(f"--pilot {args.pilot}: study '{study.name}' has {len(study.seeds)} seeds")
+        study = dataclasses.replace(study, seeds=study.seeds[: args.pilot])
     for variant in args.only:
         if variant not in study.variants:
             raise InputError(f"study '{study.name}' has no variant '{variant}'{nearest(variant, study.variants)}")

@@ -187,12 +187,26 @@ def test_rows_of_other_data_are_not_compared(tmp_path, trainer):
 def test_a_slurm_array_of_runners(tmp_path, capsys):
     file = study_file(tmp_path)
     words = ["study", "run", file, "--workdir", str(tmp_path / "w"), "--slurm", "3", "--processes", "2", "--record"]
-    cli.run([*words, "--dry-run", "--sbatch=--mem=1G", "--only", "lr=0.1,name=sgd"])
+    cli.run([*words, "--dry-run", "--sbatch=--mem=1G", "--only", "lr=0.1,name=sgd", "--pilot", "2"])
     script = capsys.readouterr().out
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
     assert {"#SBATCH --array=0-2", "#SBATCH --mem=1G", "#SBATCH --requeue"} <= set(script.splitlines())
-    assert f"study run {file} --processes 2 --together 1 --record --only lr=0.1,name=sgd --workdir" in script
+    assert f"study run {file} --processes 2 --together 1 --record --only lr=0.1,name=sgd --pilot 2 --workdir" in script
     assert not (tmp_path / "w").exists()
+
+
+def test_a_pilot_is_the_first_seeds_and_the_rest_goes_on_from_it(tmp_path, trainer, capsys):
+    file, workdir = study_file(tmp_path, names=("sgd",)), tmp_path / "w"
+    words = ["study", "run", file, "--workdir", str(workdir), "--processes", "2"]
+    cli.run([*words, "--pilot", "2"])
+    assert len(ended(workdir)) == 4 and "lr=0.1,name=sgd: 2 of 2 seeds" in capsys.readouterr().out
+    cli.run(["study", "report", file, "--workdir", str(workdir), "--pilot", "2"])
+    found = json.loads((workdir / "report" / "report.json").read_text())
+    assert [variant["n"] for variant in found["variants"]] == [2, 2]
+    cli.run(words)
+    assert len(ended(workdir)) == len(set(ended(workdir))) == 6
+    with pytest.raises(InputError, match="--pilot 4: study 'killed' has 3 seeds"):
+        cli.run([*words, "--pilot", "4"])
 
 
 def test_variants_that_start_from_other_runs(tmp_path, trainer):
