@@ -36,7 +36,7 @@ DEVICES, STEPS, EVERY = 4, 30, 5
 START_S, GRACE_S = 10, 15.0
 
 CONFIG = """
-def get_config(arg=None):
+def get_config():
     return {{
         "seed": 3, "steps": {steps}, "batch_size": 8, "eval": {{"batch_size": 8}},
         "model": {{"name": "decoder", "num_layers": 2, "embed_dim": 32, "num_heads": 2, "max_length": 32}},

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import inspect
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -133,16 +134,29 @@ class Experiment:
 
 
 def read(path: str) -> dict[str, Any]:
-    """Raw config from "FILE.py" or "FILE.py:ARG": get_config(arg) as nested dicts.
+    """Raw config from "FILE.py" or "FILE.py:ARG": get_config() or get_config(arg) as nested dicts.
 
-    Of a study's file without get_config, ARG is a variant. The file may import others as `configs.NAME`: the
-    folder above `configs`, or above its own folder, is searched first.
+    Where the file lists its ARGS, arg must be one of them. Of a study's file without get_config, ARG is a variant.
+    The file may import others as `configs.NAME`: the folder above `configs`, or above its own, is searched first.
     """
     file, _, arg = path.partition(":")
     module = _module(file)
     if not hasattr(module, "get_config") and hasattr(module, "get_study"):
         return _of_variant(read_study(file), arg)
+    if arg and (known := arguments(file)) is not None and arg not in known:
+        if not known:
+            raise InputError(f"config '{file}' takes no argument, and so not '{arg}'")
+        raise InputError(f"config '{file}' has no '{arg}'{nearest(arg, known)}; it has {', '.join(known)}")
     return _plain(_called(path, lambda: module.get_config(arg) if arg else module.get_config()))
+
+
+def arguments(file: str) -> tuple[str, ...] | None:
+    """What FILE.py:ARG takes: ARGS of the file, () if it takes nothing, None if it does not say."""
+    module = _module(file)
+    if hasattr(module, "ARGS"):
+        return module.ARGS
+    takes_none = hasattr(module, "get_config") and not inspect.signature(module.get_config).parameters
+    return () if takes_none else None
 
 
 def read_study(file: str) -> dict[str, Any]:

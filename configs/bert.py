@@ -12,6 +12,7 @@ results/lowered.json.
 from ml_collections import ConfigDict
 
 SIZES = {"base": (12, 768, 12), "large": (24, 1024, 16)}
+ARGS = tuple(SIZES)
 
 
 def get_config(arg="base"):

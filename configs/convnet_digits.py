@@ -9,7 +9,7 @@ a pool behind both convolutions it ended at 96.7% after 900 steps, with twice as
 from ml_collections import ConfigDict
 
 
-def get_config(arg=None):
+def get_config():
     config = ConfigDict()
     config.steps = 1500
     config.batch_size = 64

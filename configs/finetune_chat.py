@@ -22,6 +22,8 @@ from ml_collections import ConfigDict
 from bigmodel_jax import atomic
 from bigmodel_jax.data.storage import cache_root
 
+ARGS = ("pretrain", "full", "lora")
+
 
 def words() -> list[str]:
     """Names that every Python has."""

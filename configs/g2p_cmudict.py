@@ -12,7 +12,7 @@ loss falls from 4.2 to 1.95 nats in the first 50 steps, which is as far as it ha
 from ml_collections import ConfigDict
 
 
-def get_config(arg=None):
+def get_config():
     config = ConfigDict()
     config.steps = 12_000
     config.batch_size = 32

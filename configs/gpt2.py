@@ -18,6 +18,7 @@ SIZES = {
     "350m": (24, 1024, 16, 3e-4, 2**19),
     "1.5b": (48, 1600, 25, 2e-4, 2**20),
 }
+ARGS = tuple(SIZES)
 
 
 def get_config(arg="124m"):

@@ -19,6 +19,7 @@ SIZES = {
     "8b": (32, 4096, 32, 8, 14336, 3e-4, 8.03e9, False),
     "70b": (80, 8192, 64, 8, 28672, 1.5e-4, 70.6e9, False),
 }
+ARGS = tuple(SIZES)
 LENGTH = 8192
 TOKENS = 2**22
 

@@ -10,7 +10,7 @@ them). On the same bytes gzip -9 needs 1.86, bz2 -9 1.64, xz -9e 1.59, and xz -9
 from configs import lm_tiny
 
 
-def get_config(arg=None):
+def get_config():
     config = lm_tiny.get_config()
     config.steps = 4000
     config.batch_size = 16

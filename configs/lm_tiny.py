@@ -15,7 +15,7 @@ Tried at the same budget: AdamW (lr 5e-3) ended 0.5 bits above Muon; pieces that
 from ml_collections import ConfigDict
 
 
-def get_config(arg=None):
+def get_config():
     config = ConfigDict()
     config.steps = 500
     config.batch_size = 8

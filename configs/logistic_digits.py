@@ -10,7 +10,7 @@ same split (1,437 rows to train, 360 held out) scikit-learn's LogisticRegression
 from ml_collections import ConfigDict
 
 
-def get_config(arg=None):
+def get_config():
     config = ConfigDict()
     config.steps = 2000
     config.batch_size = 1437

@@ -9,7 +9,7 @@ batches and optimizer; gzip -9 takes 1.86); one seed, 93 s of CPU time. 1.0 M pa
 from ml_collections import ConfigDict
 
 
-def get_config(arg=None):
+def get_config():
     config = ConfigDict()
     config.steps = 500
     config.batch_size = 8

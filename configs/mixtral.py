@@ -14,7 +14,7 @@ Compiled, not trained, by this project: see results/plans.md.
 from configs import llama
 
 
-def get_config(arg=None):
+def get_config():
     config = llama.get_config("8b")  # of the same width, depth and heads
     config.steps = int(20 * 12.9e9) // llama.TOKENS
     config.model.update(vocab_size=32000, rope_theta=1_000_000.0, num_experts=8, experts_per_token=2)

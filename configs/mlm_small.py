@@ -13,7 +13,7 @@ interval 64.5 to 66.6), counts 42.6%.
 from configs import mlm_tiny
 
 
-def get_config(arg=None):
+def get_config():
     config = mlm_tiny.get_config()
     config.steps = 2500
     config.batch_size = 32

@@ -12,7 +12,7 @@ from 15% of its tokens. It is here to be run and changed; configs/mlm_small.py g
 from ml_collections import ConfigDict
 
 
-def get_config(arg=None):
+def get_config():
     config = ConfigDict()
     config.steps = 500
     config.batch_size = 16

@@ -15,6 +15,8 @@ Needs the TFDS data set cifar10 on disk (163 MB). Lowered, not trained, by this 
 
 from ml_collections import ConfigDict
 
+ARGS = tuple(f"{kind}{depth}" for kind in ("", "plain") for depth in (20, 56, 110))
+
 
 def get_config(arg="20"):
     depth = int(arg.removeprefix("plain"))

@@ -16,6 +16,8 @@ Needs the TFDS data set imagenet2012 on disk. Lowered, not trained, by this proj
 
 from ml_collections import ConfigDict
 
+ARGS = ("18", "34", "50", "101", "152")
+
 
 def get_config(arg="50"):
     config = ConfigDict()

@@ -13,9 +13,11 @@ sd 0.16; 2.6 minutes a seed (results/mnist5k.json).
 
 from ml_collections import ConfigDict
 
+ARGS = ("digits", "mnist5k")
+
 
 def get_config(arg="digits"):
-    large = {"digits": False, "mnist5k": True}[arg]
+    large = arg == "mnist5k"
     config = ConfigDict()
     config.seed = 0
     config.batch_size = 64

@@ -10,7 +10,7 @@ measured yet: tried for 68 steps on a busy machine, where the loss fell from 8.2
 from ml_collections import ConfigDict
 
 
-def get_config(arg=None):
+def get_config():
     config = ConfigDict()
     config.steps = 400
     config.batch_size = 16

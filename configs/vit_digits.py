@@ -9,7 +9,7 @@ ended at 91.4% after as many steps. On so few tokens the plain attention is fast
 from ml_collections import ConfigDict
 
 
-def get_config(arg=None):
+def get_config():
     config = ConfigDict()
     config.steps = 1500
     config.batch_size = 64

@@ -11,18 +11,11 @@ from bigmodel_jax import experiment, schema
 from bigmodel_jax.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = {
-    "lm_tiny.py", "lm_small.py", "mlm_tiny.py", "mlm_small.py", "resnet_tiny.py", "resnet_tiny.py:mnist5k",
-    "gpt2.py:124m", "gpt2.py:350m", "gpt2.py:1.5b", "llama.py:1b", "llama.py:8b", "llama.py:70b",
-    "mixtral.py",
-    "bert.py:base", "bert.py:large", "lstm_tiny.py", "g2p_cmudict.py", "span_tiny.py", "convnet_digits.py",
-    "logistic_digits.py", "vit_digits.py",
-    *(f"finetune_rotten.py:{fold}" for fold in range(5)), "finetune_digits.py:source", "finetune_digits.py:transfer",
-    "finetune_reviews.py:pretrain,0", "finetune_reviews.py:finetune,3", "finetune_reviews.py:scratch,0",
-    "finetune_chat.py:pretrain", "finetune_chat.py:full", "finetune_chat.py:lora",
-    *(f"resnet_imagenet.py:{depth}" for depth in (18, 34, 50, 101, 152)),
-    *(f"resnet_cifar10.py:{kind}{depth}" for kind in ("", "plain") for depth in (20, 56, 110)),
-}  # fmt: skip
+CONFIGS = sorted(
+    f"{path.name}:{arg}" if arg else path.name
+    for path in (ROOT / "configs").glob("*.py")
+    for arg in experiment.arguments(str(path)) or ("",)
+)
 
 
 def load(name: str) -> dict:
@@ -34,14 +27,28 @@ def swapped(word: str) -> str:
     return word[:-2] + word[-1] + word[-2] if len(word) > 3 and word[-1] != word[-2] else word + word[-1]
 
 
-def test_every_config_file_is_tested():
-    assert {path.name for path in (ROOT / "configs").glob("*.py")} == {name.split(":")[0] for name in CONFIGS}
-
-
-@pytest.mark.parametrize("name", sorted(CONFIGS))
+@pytest.mark.parametrize("name", CONFIGS)
 def test_shipped_configs_resolve(name):
     config = experiment.resolve(load(name))
     assert experiment.resolve(config) == config, "resolving is idempotent"
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("gpt2.py:124M", "has no '124M'; did you mean '124m'[?]; it has 124m, 350m, 1.5b"),
+        ("finetune_reviews.py:scrath,0", "did you mean 'scratch,0'[?]"),
+        ("lm_tiny.py:debug", "takes no argument, and so not 'debug'"),
+    ],
+)
+def test_a_wrong_argument_of_a_file_is_refused(name, says):
+    with pytest.raises(InputError, match=says):
+        load(name)
+
+
+def test_every_config_file_says_what_it_takes():
+    assert all(experiment.arguments(str(path)) is not None for path in (ROOT / "configs").glob("*.py"))
+    assert {"llama.py:70b", "resnet_cifar10.py:plain56", "lm_tiny.py"} <= set(CONFIGS)
 
 
 @pytest.mark.parametrize("name", ["lm_tiny.py", "mlm_tiny.py", "resnet_tiny.py"])

@@ -198,7 +198,7 @@ def _target(args: argparse.Namespace, store: Store) -> None:
     text = (
         f'"""{point.variant}: {ladder.short(point.parameters)} parameters, {ladder.short(point.tokens)} tokens.\n\n'
         f"The best size at {budgets[0]:g} FLOPs by the law fitted to the study '{store.study.name}', which predicts\n"
-        f'{said}.\n"""\n\n\ndef get_config(arg=None):\n    return {raw!r}\n'
+        f'{said}.\n"""\n\n\ndef get_config():\n    return {raw!r}\n'
     )
     path = Path(args.out or repository(store.study.file) / f"{store.study.name}_target.py")
     path.write_text(text)
