@@ -187,6 +187,7 @@ class Checkpointer:
                 arrays, meta = self._read(chosen, flat)
             except Corrupt as error:
                 if step is not None:
+                    record.find(self.directory, step)  # one that is not there is not damaged
                     raise InputError(f"step {step} in {self.directory} is damaged: {error}") from error
                 self._set_aside(chosen, error)
                 candidates = [s for s in candidates if s < chosen]

@@ -53,6 +53,12 @@ def test_a_donating_step_may_follow_at_once(tmp_path):
             assert np.all(np.asarray(saver.restore({"x": x}, step=number)[0]["x"]) == number)
 
 
+def test_a_step_that_is_not_there_is_not_called_damaged(tmp_path):
+    write(tmp_path)
+    with Checkpointer(tmp_path) as saver, pytest.raises(InputError, match=r"no step 7 in .*; steps there: \[.*3\]"):
+        saver.restore({"w": jnp.zeros((64, 16)), "step": jnp.int32(0)}, step=7)
+
+
 def test_another_model_is_refused_and_not_called_damaged(tmp_path):
     write(tmp_path)
     cases = {

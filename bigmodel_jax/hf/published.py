@@ -138,7 +138,7 @@ def open_folder(path: str, changes: Mapping[str, Any] | None = None) -> Publishe
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise InputError(f"no folder '{path}' to convert from")
+        raise InputError(f"no folder '{path}' with a published model")
     config = read_json(folder / CONFIG)
     kind, family = family_of(config, str(folder / CONFIG))
     tensors = st.open_tensors(folder)
