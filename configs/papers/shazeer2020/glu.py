@@ -7,6 +7,10 @@ The paper trains T5-base on span-filling of C4 with Adafactor; gated layers have
 parameters and arithmetic are the same. Here: a causal decoder on Python's standard library with AdamW, the same two
 thirds. The paper's spread over four runs of its baseline is 0.005 (65,536 steps), its largest gain 0.055: expect to
 need what `seeds needed` says rather than a verdict from five seeds on every pair.
+
+Weights start as T5's, with a deviation of one over the root of the fan-in. With the usual default, 0.02 whatever the
+width, the inputs of an activation start at 0.2 here, where GELU and Swish are nearly linear: ReLU (1.893 bits per byte,
+five seeds) was then 0.06 and 0.10 ahead of them.
 """
 
 from ml_collections import ConfigDict
@@ -21,7 +25,7 @@ def get_study():
     config.batch_size = 16
     config.model = dict(
         name="decoder", num_layers=3, embed_dim=96, num_heads=3, mlp_dim=WIDTH, max_length=128, positions="rotary",
-        norm="rmsnorm", norm_bias=False, activation="relu", bias=False,
+        norm="rmsnorm", norm_bias=False, activation="relu", bias=False, init="fan_in", depth_scaled_init=False,
     )  # fmt: skip
     config.objective = dict(name="causal_lm")
     config.optimizer = dict(name="adamw", lr=4e-3, b2=0.95, weight_decay=0.1, clip=1.0)
