@@ -11,7 +11,7 @@ need what `seeds needed` says rather than a verdict from five seeds on every pai
 Weights start as T5's, with a deviation of one over the root of the fan-in. With the usual default, 0.02 whatever the
 width, the inputs of an activation start at 0.2 here, where GELU and Swish are nearly linear: ReLU (1.893 bits per byte,
 five seeds) was then 0.06 and 0.10 ahead of them. The rate is the best of four for ReLU, seed 0: 2e-3 gave 2.26, 4e-3
-2.02, 8e-3 1.98 and 1.6e-2 2.09; it is the same for all variants, as in the paper.
+2.04, 8e-3 1.98 and 1.6e-2 2.09; it is the same for all variants, as in the paper.
 """
 
 from ml_collections import ConfigDict
