@@ -143,7 +143,7 @@ def read(path: str) -> dict[str, Any]:
     module = _module(file)
     if not hasattr(module, "get_config") and hasattr(module, "get_study"):
         return _of_variant(read_study(file), arg)
-    if arg and (known := arguments(file)) is not None and arg not in known:
+    if arg and (known := _arguments(module)) is not None and arg not in known:
         if not known:
             raise InputError(f"config '{file}' takes no argument, and so not '{arg}'")
         raise InputError(f"config '{file}' has no '{arg}'{nearest(arg, known)}; it has {', '.join(known)}")
@@ -152,7 +152,10 @@ def read(path: str) -> dict[str, Any]:
 
 def arguments(file: str) -> tuple[str, ...] | None:
     """What FILE.py:ARG takes: ARGS of the file, () if it takes nothing, None if it does not say."""
-    module = _module(file)
+    return _arguments(_module(file))
+
+
+def _arguments(module: Any) -> tuple[str, ...] | None:
     if hasattr(module, "ARGS"):
         return module.ARGS
     takes_none = hasattr(module, "get_config") and not inspect.signature(module.get_config).parameters

@@ -7,6 +7,7 @@ size: layers, width, length, vocabulary, batch. Heads, experts and layers stay c
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 from bigmodel_jax import schema
 from bigmodel_jax.data.datasets import DATASETS
 from bigmodel_jax.data.loaded import Spec
+from bigmodel_jax.data.text import within
 from bigmodel_jax.errors import InputError
 
 ROWS, LENGTH, VOCAB, CLASSES, WIDTH, SIDE = 16, 16, 64, 10, 32, 32
@@ -130,6 +132,16 @@ def batch(config: Mapping[str, Any], spec: Spec, rows: int, seed: int) -> dict[s
     length = spec["tokens"][0][0] if "tokens" in spec else 0
     pieces = _documents(rng, rows, length, 3 if "positions" in spec else 1)
 
+    @functools.cache
+    def sources() -> np.ndarray:
+        width = spec["source_segments"][0][0]
+        if "source_positions" not in spec:
+            return _documents(rng, rows, width, 1)
+        used = width - rng.integers(0, width // 4 + 1, (rows, 1))
+        place = np.arange(width)
+        # A target of every number has its source.
+        return np.where(place < used, 1 + place * pieces.max(1, keepdims=True) // used, 0)
+
     def field(name: str, shape: tuple[int, ...]) -> np.ndarray:
         if name in ("tokens", "targets", "masked_targets"):
             return rng.integers(0, vocab, shape)
@@ -143,9 +155,11 @@ def batch(config: Mapping[str, Any], spec: Spec, rows: int, seed: int) -> dict[s
         if name == "segments":
             return pieces
         if name == "source_segments":
-            return _documents(rng, rows, shape[1], 1)
+            return sources()
+        if name == "source_positions":
+            return within(sources())
         if name == "positions":
-            return _within(pieces)
+            return within(pieces)
         if name == "masked_positions":
             return np.argsort(rng.random((rows, length)), axis=1)[:, : shape[1]]
         if name in ("start", "end"):
@@ -170,10 +184,3 @@ def _documents(rng: np.random.Generator, rows: int, length: int, most: int) -> n
     place = np.arange(length)
     number = 1 + (place[None, :, None] >= ends[:, None, :]).sum(-1)
     return np.where(number > most, 0, number)
-
-
-def _within(pieces: np.ndarray) -> np.ndarray:
-    """Places counted from the start of each document."""
-    place = np.broadcast_to(np.arange(pieces.shape[1]), pieces.shape)
-    fresh = np.diff(pieces, axis=1, prepend=-1) != 0
-    return place - np.maximum.accumulate(np.where(fresh, place, 0), axis=1)

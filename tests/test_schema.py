@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(
     f"{path.name}:{arg}" if arg else path.name
     for path in (ROOT / "configs").glob("*.py")
-    for arg in experiment.arguments(str(path)) or ("",)
+    for arg in ("", *(experiment.arguments(str(path)) or ()))
 )
 
 

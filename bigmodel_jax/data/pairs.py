@@ -22,7 +22,7 @@ from bigmodel_jax.data.order import RowRng
 from bigmodel_jax.data.packing import best_fit
 from bigmodel_jax.data.pipeline import Pipeline
 from bigmodel_jax.data.splits import shuffled
-from bigmodel_jax.data.text import since
+from bigmodel_jax.data.text import within
 from bigmodel_jax.data.tokenizer import Tokenizer, check_settings, load_tokenizer, train_tokenizer
 from bigmodel_jax.errors import InputError
 
@@ -131,21 +131,16 @@ class Teach:
             "targets": targets,
             "weights": (target >= 0).astype(np.float32),
         }
-        first = np.arange(targets.shape[1])[None] == 0
+        place = np.arange(targets.shape[1])[None]
         if "segments" in batch:
-            first, source_first = _changes(batch["segments"]), _changes(batch["source_segments"])
+            place = within(batch["segments"])
             out |= {
                 "source_segments": batch["source_segments"] + 1,
-                "source_positions": since(source_first) * (source >= 0),
+                "source_positions": within(batch["source_segments"]) * (source >= 0),
                 "segments": batch["segments"] + 1,
-                "positions": since(first) * (target >= 0),
+                "positions": place * (target >= 0),
             }
-        return out | {"tokens": np.where(first, np.int32(self.start), np.roll(targets, 1, axis=1))}
-
-
-def _changes(segments: np.ndarray) -> np.ndarray:
-    """Where a row's next segment begins, [B, L] bool."""
-    return np.diff(segments, axis=1, prepend=-2) != 0
+        return out | {"tokens": np.where(place == 0, np.int32(self.start), np.roll(targets, 1, axis=1))}
 
 
 def pack(sources: Sequence[np.ndarray], targets: Sequence[np.ndarray], widths: tuple[int, int]) -> Ragged:

@@ -29,9 +29,10 @@ class NextToken:
         }
 
 
-def since(starts: np.ndarray) -> np.ndarray:
-    """[B, L] int32: how many places each lies behind the last start [B, L] at or before it."""
-    place = np.arange(starts.shape[1], dtype=np.int32)
+def within(segments: np.ndarray) -> np.ndarray:
+    """[B, L] int32: places counted from the start of each segment [B, L], a run of one number."""
+    place = np.arange(segments.shape[1], dtype=np.int32)
+    starts = np.diff(segments, axis=1, prepend=segments[:, :1] - 1) != 0
     return place - np.maximum.accumulate(np.where(starts, place, 0), axis=1)
 
 
@@ -48,7 +49,8 @@ class Documents:
     def __call__(self, batch: Batch, rng: RowRng) -> Batch:
         starts = batch["tokens"] == self.eos
         starts[:, :1] = True
-        segments, positions = np.cumsum(starts, axis=1, dtype=np.int32), since(starts)
+        segments = np.cumsum(starts, axis=1, dtype=np.int32)
+        positions = within(segments)
         if "weights" in batch:
             real = batch["weights"] > 0
             segments, positions = segments * real, positions * real

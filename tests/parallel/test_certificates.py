@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -202,6 +203,20 @@ def test_made_up_batches_are_legal():
         assert (np.diff(kept) >= 0).all() and (np.diff(kept) <= 2).all()
         for number in set(kept):
             assert places[row == number].tolist() == list(range((row == number).sum()))
+
+
+def test_made_up_pairs_that_share_a_row_each_have_their_source():
+    root = Path(__file__).resolve().parents[2]
+    config = experiment.resolve(experiment.read(str(root / "configs" / "g2p_cmudict.py")))
+    config = small.shrunk(small.sized(config))[0]
+    batch = small.batch(config, small.fields(config), 64, 0)
+    assert batch["segments"].max() == 3 and (batch["source_segments"] == 0).any()
+    for source, places, target in zip(
+        *(batch[n] for n in ("source_segments", "source_positions", "segments")), strict=True
+    ):
+        assert set(target) <= {0, *source} and (np.diff(source[source > 0]) >= 0).all()
+        for number in set(source):
+            assert places[source == number].tolist() == list(range((source == number).sum()))
 
 
 def test_shrinking_keeps_what_decides_the_layout():
