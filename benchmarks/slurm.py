@@ -55,7 +55,9 @@ def wait_for(job: str, states: tuple[str, ...]) -> dict[str, str]:
         if found["JobState"] in states:
             return found
         if found["JobState"] == "PENDING" and found.get("Reason") == "BeginTime":
-            # Slurm holds a requeued job back for two minutes; nothing is learnt by waiting.
+            # Slurm holds a requeued job back for two minutes; nothing is learnt by waiting. But a node refuses
+            # a job for ever that comes back within the second in which it was killed there.
+            time.sleep(2)
             subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], capture_output=True, check=False)
         time.sleep(0.5)
     raise SystemExit(f"job {job} is {fields(job)['JobState']} after {BOUND_S:.0f} s, not {states}")
@@ -93,7 +95,8 @@ def main() -> None:
         job = submit(config, folder / "bad", "--config.data.shards=/nowhere")
         refused = wait_for(job, ("FAILED", "COMPLETED"))
         found["refused"] = {"state": refused["JobState"], "exit": refused["ExitCode"], "restarts": refused["Restarts"]}
-        logs = {path.name: path.read_text()[-2000:] for path in (folder / "job" / "logs").glob("*.log")}
+        daemons = Path(os.environ["SLURM_CONF"]).parent.glob("slurm*.log")
+        logs = {path.name: path.read_text()[-2000:] for path in (*(folder / "job" / "logs").glob("*.log"), *daemons)}
     print(json.dumps(found, indent=1))
     passed = (
         found["equal"] and found["state"] == "COMPLETED" and found["restarts"] == 2
