@@ -36,14 +36,15 @@ class _Verb(NamedTuple):
     help: str
     arguments: tuple[Argument, ...]
     act: Action
+    fixed: str  # why it takes no override; empty where it does
 
 
 VERBS: dict[str, _Verb] = {}
 
 
-def _verb(name: str, text: str, *arguments: Argument) -> Callable[[Action], Action]:
+def _verb(name: str, text: str, *arguments: Argument, fixed: str = "") -> Callable[[Action], Action]:
     def register(act: Action) -> Action:
-        VERBS[name] = _Verb(text, arguments, act)
+        VERBS[name] = _Verb(text, arguments, act, fixed)
         return act
 
     return register
@@ -68,17 +69,14 @@ def _arguments_of(module: str) -> Argument:
 
 
 _CONFIG = _arg("--config", required=True, help="FILE.py or FILE.py:ARG")
+_NO_CONFIG = "it reads no config"
+_STUDY = "what a study varies is in its file"
 
 
 def _config(args: Namespace, overrides: Sequence[str]) -> Config:
     from bigmodel_jax import experiment
 
     return experiment.resolve(experiment.read(args.config), overrides)
-
-
-def _no_overrides(overrides: Sequence[str]) -> None:
-    if overrides:
-        raise InputError(f"there is no config here for '{overrides[0]}' to change")
 
 
 @_verb(
@@ -219,13 +217,13 @@ def _launch(args: Namespace, overrides: Sequence[str]) -> None:
     "Progress, speed and last checkpoint of a running or dead job.",
     _arg("workdir"),
     _arg("--json", action="store_true"),
+    fixed=_NO_CONFIG,
 )
-def _status(args: Namespace, overrides: Sequence[str]) -> None:
+def _status(args: Namespace, _: Sequence[str]) -> None:
     import json
 
     from bigmodel_jax import status
 
-    _no_overrides(overrides)
     found = status.read(args.workdir)
     print(json.dumps(found) if args.json else "\n".join(status.show(found)))
 
@@ -234,22 +232,24 @@ def _status(args: Namespace, overrides: Sequence[str]) -> None:
     "study",
     "Run many cells that answer one question, and report what came out.",
     _arguments_of("bigmodel_jax.study.command"),
+    fixed=_STUDY,
 )
-def _study(args: Namespace, overrides: Sequence[str]) -> None:
+def _study(args: Namespace, _: Sequence[str]) -> None:
     from bigmodel_jax.study.command import carry_out
 
-    carry_out(args, overrides)
+    carry_out(args)
 
 
 @_verb(
     "scaling",
     "A scaling law of a ladder of runs, and the run it leads to.",
     _arguments_of("bigmodel_jax.study.scaling"),
+    fixed=_STUDY,
 )
-def _scaling(args: Namespace, overrides: Sequence[str]) -> None:
+def _scaling(args: Namespace, _: Sequence[str]) -> None:
     from bigmodel_jax.study import scaling
 
-    scaling.carry_out(args, overrides)
+    scaling.carry_out(args)
 
 
 @_verb(
@@ -278,11 +278,11 @@ def _certify(args: Namespace, overrides: Sequence[str]) -> None:
     _arg("second"),
     _arg("--tolerance", type=float, default=1e-3, help="relative difference that is more than rounding"),
     _arg("--out", default="", help="folder for a page with the curves"),
+    fixed=_NO_CONFIG,
 )
-def _compare(args: Namespace, overrides: Sequence[str]) -> None:
+def _compare(args: Namespace, _: Sequence[str]) -> None:
     from bigmodel_jax.study.compare import compare_runs
 
-    _no_overrides(overrides)
     compare_runs(args.first, args.second, args.tolerance, args.out)
 
 
@@ -338,7 +338,10 @@ def run(argv: Sequence[str]) -> None:
     if chosen and not chosen.startswith("-") and chosen not in VERBS:
         raise InputError(f"unknown verb '{chosen}'{nearest(chosen, VERBS)}; verbs: {', '.join(VERBS)}")
     args = _parser(chosen).parse_args(arguments)
-    VERBS[args.verb].act(args, overrides)
+    verb = VERBS[args.verb]
+    if overrides and verb.fixed:
+        raise InputError(f"{args.verb} takes no override ({overrides[0]}): {verb.fixed}")
+    verb.act(args, overrides)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -135,7 +135,10 @@ def test_bad_input(name, home, shards, monkeypatch, capsys):
         (["eval", "--workdir", "nowhere"], ["nowhere", "not a run"]),
         (["generate", "--workdir", "nowhere"], ["nowhere", "not a run"]),
         (["prepare", "--source", "nowhere.txt", "--out", "x"], ["nowhere.txt"]),
-        (["status", "x", "--config.steps=1"], ["no config", "--config.steps=1"]),
+        (["status", "x", "--config.steps=1"], ["status", "no config", "--config.steps=1"]),
+        (["compare", "a", "b", "--config.steps=1"], ["compare", "no config", "--config.steps=1"]),
+        (["study", "run", "s.py", "--workdir", "x", "--config.steps=1"], ["study", "in its file"]),
+        (["scaling", "fit", "s.py", "--workdir", "x", "--config.steps=1"], ["scaling", "in its file"]),
         (["train", "--config", "x", "--workdir", "x", "--seeds", "0", "--lanes", "x"], ["--lanes", "not allowed"]),
     ],
 )

@@ -28,14 +28,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     array.arguments(parser)
 
 
-def carry_out(args: argparse.Namespace, overrides: Sequence[str]) -> None:
+def carry_out(args: argparse.Namespace) -> None:
     """The verb.
 
     Raises:
       InputError: a study or an option that does not fit. RunError: cells failed. Preempted: asked to stop.
     """
-    if overrides:
-        raise InputError(f"a study takes no overrides ({overrides[0]}): what it varies is in its file")
     study = spec.read(args.study)
     if args.pilot:
         if not 0 < args.pilot <= len(study.seeds):

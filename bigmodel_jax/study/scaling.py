@@ -35,14 +35,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="", help="the prediction's file, or target's, default beside the results")
 
 
-def carry_out(args: argparse.Namespace, overrides: Sequence[str]) -> None:
+def carry_out(args: argparse.Namespace) -> None:
     """The verb.
 
     Raises:
       InputError: a study, an option or the order of steps that does not fit. RunError: cells failed.
     """
-    if overrides:
-        raise InputError(f"a study takes no overrides ({overrides[0]}): what it varies is in its file")
     study = spec.read(args.study)
     store = Store(study, args.workdir, record=args.record)
     {"plan": _plan, "run": _run, "fit": _fit, "target": _target}[args.action](args, store)
