@@ -39,6 +39,31 @@ PARAMETERS = {
 SMALL = ["--config.microbatch=0", "--config.batch_size=64", "--config.eval.batch_size=64"]
 
 
+def small() -> list[str]:
+    """FILE.py:ARG of the configs that run on a laptop; of arguments that differ in their fold, the first."""
+    full = {name.split(":")[0] for name in PARAMETERS}
+    found = []
+    for path in sorted((ROOT / "configs").glob("*.py")):
+        if path.name not in full:
+            words = experiment.arguments(str(path)) or ("",)
+            kinds = {word.split(",")[0] if not word.isdigit() else "": word for word in reversed(words)}
+            found += [f"{path.name}:{word}".rstrip(":") for word in kinds.values()]
+    return found
+
+
+@pytest.mark.parametrize("name", small())
+def test_small_configs_lower(name):
+    """Sizes that they take from their data are given here; no data is read."""
+    config = experiment.read(str(ROOT / "configs" / name))
+    rows = -(-config["batch_size"] // 8) * 8  # for eight devices
+    wanted = experiment.resolve(config, ["--config.init_from.path=", f"--config.batch_size={rows}"])
+    sizes = {"in_channels": 1, "image_size": 8, "num_features": 64}
+    model = wanted["model"]
+    model |= {leaf: sizes.get(leaf, 300) for leaf in experiment.FROM_DATA if model.get(leaf) == 0}
+    programs = Programs(experiment.build(wanted, load=False))
+    assert "stablehlo.dot_general" in programs.lower_step(rows).as_text()
+
+
 @pytest.mark.parametrize("name", sorted(PARAMETERS))
 def test_full_scale_configs_lower_on_eight_devices(name):
     config = experiment.read(str(ROOT / "configs" / name))
