@@ -8,9 +8,10 @@ out. 39 phonemes; `--config.data.stress=True` keeps the stress of vowels (the be
 parameters. Seven pairs share a row: a step of 1,680 phonemes takes 0.51 s on one core, where one of 1,870 with a pair
 to each row of 16 took 1.05 s. 21 passes over the data, an hour and three quarters.
 
-The aim is a greedy word error rate of at most 28%; it is not measured yet. In trials of 500 steps of 16 rows the
-rate of 8e-3 was better than half and twice that, and dropout 0 better than 0.1 (90.7% of the held-out phonemes right
-instead of 89.5%); rotary and sinusoidal positions were alike.
+Greedy decoding of the 6,246 held-out words: 26.5% of them wrong (25.4 to 27.6; the aim was 28%), 6.4% of the
+phonemes (results/g2p.json). In trials of 500 steps of 16 rows the rate of 8e-3 was better than half and twice that,
+and dropout 0 better than 0.1 (90.7% of the held-out phonemes right instead of 89.5%); rotary and sinusoidal
+positions were alike.
 """
 
 from ml_collections import ConfigDict
