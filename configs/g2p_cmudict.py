@@ -2,6 +2,7 @@
 
     bigmodel train --config configs/g2p_cmudict.py --workdir runs/g2p
     python benchmarks/g2p.py runs/g2p
+    bigmodel generate --workdir runs/g2p --temperature 0 --prompt photograph       F OW T AH G R AE F
 
 127,000 pronunciations of 118,700 words of the CMU dictionary to learn from; 6,246 words, with all of theirs, are held
 out. 39 phonemes; `--config.data.stress=True` keeps the stress of vowels (the benchmark then counts both). 1.78 M
