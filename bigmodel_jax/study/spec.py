@@ -44,7 +44,8 @@ class Study:
 
     name: of the folder and the files of results. title: one line. source: paper, table or figure.
     base: raw config. variants: name -> overrides by leaf. seeds: of every variant.
-    metric: "SET/METRIC" as in result.json, "best/SET/METRIC" of the best checkpoint. mode: "min" or "max".
+    metric: "SET/METRIC" as in result.json, "best/SET/METRIC" of the best checkpoint, or the difference of two such,
+      "SET/METRIC - SET/METRIC". mode: "min" or "max".
     baseline: the variant that the others are compared with.
     published: variant -> the paper's number of `published_metric`, with its place in the paper.
     tune: leaf -> values tried for every variant on `tune_seeds`, before the seeds run at the best.
@@ -74,6 +75,11 @@ class Study:
     full: dict[str, Any] | None = None
     budget_minutes: float = 90.0
     file: str = ""
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """The metric's one name, or the two whose difference it is."""
+        return tuple(self.metric.split(" - "))
 
     def config(self, variant: str, **overrides: Any) -> dict[str, Any]:
         """Raw config of a variant, or of "first:NAME"; `overrides` by leaf come last."""
@@ -164,8 +170,10 @@ def check(study: Study) -> None:
     _check_seeds(study)
     if study.mode not in ("min", "max"):
         raise InputError(f"study mode '{study.mode}' should be min or max")
-    if "/" not in study.metric:
-        raise InputError(f"study metric '{study.metric}' should be SET/METRIC, for example validation/loss")
+    if not 1 <= len(study.terms) <= 2 or not all("/" in term for term in study.terms):
+        raise InputError(
+            f"study metric '{study.metric}' should be SET/METRIC, for example validation/loss, or the difference of two"
+        )
     for what, name in (
         ("baseline", study.baseline),
         *((f"claim '{c.text}'", variant) for c in study.claims for variant in (c.better, c.worse)),

@@ -360,28 +360,28 @@ class Store:
         if ran is not None:
             self._check(cell, ran)
         rows = metrics.read(folder)
-        name, _, metric = self.study.metric.removeprefix("best/").partition("/")
-        curve = [
-            (row["step"], float(row[metric])) for row in rows
-            if row.get("event") == "eval" and row["name"] == name and metric in row
-        ]  # fmt: skip
+        terms = self.study.terms
         values = _values(result, rows)
         if status == "done" and cell.purpose != "first":
-            if self.study.metric not in values:
+            lacks = [term for term in terms if term not in values]
+            if lacks:
                 raise InputError(
-                    f"study '{self.study.name}': a run of '{cell.variant}' has no metric '{self.study.metric}'; "
+                    f"study '{self.study.name}': a run of '{cell.variant}' has no metric '{lacks[0]}'; "
                     f"it has {', '.join(sorted(k for k in values if '/' in k))}"
                 )
+            values[self.study.metric] = _difference([values[term] for term in terms])
             status = "done" if math.isfinite(values[self.study.metric]) else "diverged"
         examples = result.get("examples", {})
         ends = [line for line in self.attempts(cell) if "end" in line]
         starts = (journal.read(folder / "env.json") or {}).get("starts", [])
+        seen = dict.fromkeys(term.removeprefix("best/").partition("/")[0] for term in terms)
         return Row(
             cell=cell.id, variant=cell.variant, seed=cell.seed, values=values,
-            data_fingerprint=examples.get("train", ""), eval_fingerprint=examples.get(name, ""),
+            data_fingerprint=examples.get("train", ""), 
+            eval_fingerprint=" ".join(examples.get(name, "") for name in seen),
             overrides=self.overrides(cell), status=status, wall_s=round(sum(line["wall_s"] for line in ends), 3),
             cpu_s=round(sum(line["cpu_s"] for line in ends), 3), command=self.command(cell),
-            commit=starts[-1]["commit"] if starts else "unknown", curve=curve, purpose=cell.purpose,
+            commit=starts[-1]["commit"] if starts else "unknown", curve=_curve(terms, rows), purpose=cell.purpose,
         )  # fmt: skip
 
     def _check(self, cell: Cell, ran: Mapping[str, Any]) -> None:
@@ -401,6 +401,20 @@ def same(old: Mapping[str, Any], cell: Cell) -> bool:
     """Whether a finished run's config is that of the cell, but for leaves that did not exist then and are unset now."""
     changes = schema.difference(old, _essential(cell.config))
     return all(was == "(absent)" and leaf not in cell.given for leaf, (was, _) in changes.items())
+
+
+def _difference(values: Sequence[float]) -> float:
+    return values[0] if len(values) == 1 else values[0] - values[1]
+
+
+def _curve(terms: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
+    """(step, metric) of every evaluation that has all of it."""
+    seen: list[dict[int, float]] = []
+    for term in terms:
+        name, _, metric = term.removeprefix("best/").partition("/")
+        evals = (row for row in rows if row.get("event") == "eval" and row["name"] == name and metric in row)
+        seen.append({row["step"]: float(row[metric]) for row in evals})
+    return [(step, _difference([part[step] for part in seen])) for step in seen[0] if all(step in p for p in seen)]
 
 
 def _values(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -50,8 +50,10 @@ start = words.get("--config.init_from.path", "").strip("'")
 if start:
     loss += float(open(start + "/loss").read())
 open(folder + "/loss", "w").write(str(loss))
-open(folder + "/metrics.jsonl", "w").write(json.dumps({"step": 6, "event": "eval", "name": "validation", "loss": loss}))
-result = {"eval": {"validation": {"loss": loss}}, "examples": {"train": "t", "validation": words.get("--eval", "v")}}
+sets = {"validation": {"loss": loss}, "long": {"loss": 3 * loss}}
+rows = [{"step": 6, "event": "eval", "name": name, **numbers} for name, numbers in sets.items()]
+open(folder + "/metrics.jsonl", "w").write("".join(json.dumps(row) + "\\n" for row in rows))
+result = {"eval": sets, "examples": {"train": "t", "validation": words.get("--eval", "v"), "long": "l"}}
 open(folder + "/.result", "w").write(json.dumps(result))
 os.replace(folder + "/.result", folder + "/result.json")
 """
@@ -207,6 +209,18 @@ def test_a_pilot_is_the_first_seeds_and_the_rest_goes_on_from_it(tmp_path, train
     assert len(ended(workdir)) == len(set(ended(workdir))) == 6
     with pytest.raises(InputError, match="--pilot 4: study 'killed' has 3 seeds"):
         cli.run([*words, "--pilot", "4"])
+
+
+def test_a_difference_of_two_metrics_is_one(tmp_path, trainer):
+    """The stand-in's loss on the long set is three times that on the other; both sets are the fingerprint."""
+    file = study_file(tmp_path, metric="long/loss - validation/loss", seeds=(1,))
+    row = carried_out(file, tmp_path / "w")[0]
+    wanted = 2 * (1 + len(row.variant) / 10)
+    assert row.values["long/loss - validation/loss"] == pytest.approx(wanted)
+    assert row.curve == [(6, pytest.approx(wanted))] and row.eval_fingerprint == "l v"
+    file = study_file(tmp_path, metric="long/loss - short/loss", seeds=(1,))
+    with pytest.raises(InputError, match="has no metric 'short/loss'"):
+        carried_out(file, tmp_path / "w")
 
 
 def test_variants_that_start_from_other_runs(tmp_path, trainer):

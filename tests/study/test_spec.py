@@ -52,6 +52,7 @@ def test_variants_and_grids(tmp_path):
         (dict(seed=(1,)), "no field 'seed'; did you mean 'seeds'"),
         (dict(mode="least"), "min or max"),
         (dict(metric="loss"), "SET/METRIC"),
+        (dict(metric="long/loss - loss"), "SET/METRIC"),
         (dict(name="a b"), "names a file"),
         (dict(variants={"low": {"seed": 1}, "high": {}}), "sets 'seed'"),
         (dict(variants={"low": {}, "high": {}}), "'low' and 'high' are the same experiment"),
