@@ -326,8 +326,8 @@ class Store:
     def _from_folder(self, cell: Cell, claimed: bool) -> Row | None:
         folder = self.folder(cell)
         found = journal.read(folder / "row.json")
-        if found is not None:
-            row = _row(found)
+        row = _row(found) if found is not None else None
+        if row is not None and self._judged(row):
             self._record(cell, row)
             return row
         # The runner was killed between the end of the run and its row, or the run has outlived it.
@@ -350,8 +350,12 @@ class Store:
     def _from_record(self, cell: Cell) -> Row | None:
         for line in self._recorded_lines():
             if line["cell"] == cell.id or (line["seed"] == cell.seed and same(line["config"], cell)):
-                return dataclasses.replace(_row(line), cell=cell.id)
+                return dataclasses.replace(_row(line), cell=cell.id) if self._judged(_row(line)) else None
         return None
+
+    def _judged(self, row: Row) -> bool:
+        """Whether a kept row has the study's metric, which is not part of its cell."""
+        return row.purpose == "first" or row.status != "done" or self.study.metric in row.values
 
     def _read(self, cell: Cell, status: str) -> Row:
         folder = self.folder(cell)
@@ -377,7 +381,7 @@ class Store:
         seen = dict.fromkeys(term.removeprefix("best/").partition("/")[0] for term in terms)
         return Row(
             cell=cell.id, variant=cell.variant, seed=cell.seed, values=values,
-            data_fingerprint=examples.get("train", ""), 
+            data_fingerprint=examples.get("train", ""),
             eval_fingerprint=" ".join(examples.get(name, "") for name in seen),
             overrides=self.overrides(cell), status=status, wall_s=round(sum(line["wall_s"] for line in ends), 3),
             cpu_s=round(sum(line["cpu_s"] for line in ends), 3), command=self.command(cell),

@@ -34,8 +34,9 @@ def test_there_are_studies():
 def test_a_study_can_be_judged_by_its_seeds(study):
     assert len(study.seeds) >= 5 and study.claims and study.budget_minutes <= 90
     # What decides is the last evaluation, held out, in a unit that all variants share.
-    set_name, _, metric = study.metric.removeprefix("best/").partition("/")
+    set_name, _, metric = study.terms[0].removeprefix("best/").partition("/")
     assert set_name.startswith("validation") and metric in ("bits_per_byte", "accuracy", "loss")
+    assert study.terms[1:] in ((), (f"validation/{metric}",))
     for name in study.variants:
         config = experiment.resolve(study.config(name))
         changes = schema.difference(experiment.resolve(study.config(study.baseline)), config)
