@@ -142,12 +142,16 @@ def check_config(
 
 
 def _commit() -> str:
-    root = Path(__file__).resolve().parent.parent
+    """Of this code, with "-dirty" where tracked files differ; results/ is what runs write."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent.parent)]
     try:
-        args = ["git", "-C", str(root), "describe", "--always", "--dirty"]
-        return subprocess.run(args, capture_output=True, text=True, timeout=5).stdout.strip() or "unknown"
+        name, changed = (
+            subprocess.run([*git, *args], capture_output=True, text=True, timeout=5).stdout.strip()
+            for args in (["describe", "--always"], ["status", "--porcelain", "-uno", "--", ".", ":(exclude)results"])
+        )
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
+    return f"{name}-dirty" if name and changed else name or "unknown"
 
 
 def environment() -> dict[str, Any]:

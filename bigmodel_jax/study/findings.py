@@ -29,8 +29,9 @@ RULE = (
     "and spread as observed would be settled with a probability of 80%; from few seeds this is a rough number. Exact "
     "p-values by sign flips and signed ranks stand beside as a check that assumes no normal distribution; with n pairs "
     "they cannot be below 2 / 2^n. Bootstrap intervals are expanded percentile intervals (Hesterberg 2015), which "
-    "cover about 93% with 5 seeds."
+    "cover about 93% with 5 seeds. Intervals are of seeds: the held-out examples are the same for all of them."
 )
+SHOWN = ("model", "objective", "optimizer", "schedule", "data")
 
 
 def find(
@@ -60,13 +61,14 @@ def find(
         _variant(study, name, by_variant[name], values[name], choices.get(name)) | {"against": against.get(name)}
         for name in study.variants
     ]
-    warnings += _missing(study, variants)
+    warnings += _missing(study, variants) + _versions(rows)
     for name, choice in choices.items():
         if choice["edge"]:
             shown = ", ".join(f"{leaf} = {choice['overrides'][leaf]:g}" for leaf in choice["edge"])
             warnings.append(f"{name}: the best {shown} is the outermost value tried; a better one may lie beyond")
     return {
         "name": study.name, "title": study.title, "source": study.source, "file": study.file, "metric": study.metric,
+        "setup": _setup(study.base),
         "mode": study.mode, "baseline": study.baseline, "seeds": list(study.seeds), "level": statistics.LEVEL,
         "rule": RULE, "warnings": warnings, "variants": variants, "claims": _claims(study, values),
         "published": {"metric": study.published_metric, "source": study.published_source},
@@ -89,6 +91,23 @@ def _comparable(study: Study, rows: Sequence[Row], mixed: bool) -> list[str]:
             raise InputError(f"{error}; --mixed reports them all the same, and says so") from None
         return [f"NOT COMPARABLE, shown because it was asked for: {error}"]
     return []
+
+
+def _setup(base: Mapping[str, Any]) -> list[str]:
+    """The study's config before its variants, a line a section."""
+    out = [", ".join(f"{leaf}={base[leaf]}" for leaf in ("steps", "batch_size") if leaf in base)]
+    for section in SHOWN:
+        leaves = ", ".join(f"{leaf}={value}" for leaf, value in base.get(section, {}).items())
+        out.append(f"{section}: {leaves}" if leaves else "")
+    return [line for line in out if line]
+
+
+def _versions(rows: Sequence[Row]) -> list[str]:
+    """What the commits of the rows leave in doubt: the code is not part of a cell."""
+    commits = sorted({row.commit for row in rows})
+    changed = sum(row.commit.endswith("-dirty") for row in rows)
+    out = [f"the runs are of {len(commits)} versions of the code: {', '.join(commits)}"] if len(commits) > 1 else []
+    return out + ([f"{changed} runs are of code with changes that no commit has"] if changed else [])
 
 
 def _value(row: Row, metric: str) -> float:

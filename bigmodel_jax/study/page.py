@@ -82,7 +82,8 @@ def _name(report: Mapping[str, Any], variant: Mapping[str, Any]) -> Html:
 
 def _variants(report: Mapping[str, Any]) -> str:
     rows = [[v["name"], Words(changes(v) or "nothing: the config of the study as it is")] for v in report["variants"]]
-    return table(("variant", "sets"), rows, caption="What each variant sets")
+    setup = "".join(f"<li>{text(line)}</li>" for line in report["setup"])
+    return f"<ul>{setup}</ul>" + table(("variant", "sets"), rows, caption="What each variant sets of this")
 
 
 def _results(report: Mapping[str, Any]) -> str:
@@ -143,7 +144,7 @@ def _runs(report: Mapping[str, Any]) -> list[str]:
         [
             c["variant"], Cell(c["seed"], c["seed"]), Words(c["status"]), _value(c["value"]),
             Cell(duration(c["wall_s"]), c["wall_s"]), Cell(duration(c["cpu_s"]), c["cpu_s"]), Words(c["cell"]),
-            Words(c["commit"][:12]), Html(f"<code>{text(c['command'])}</code>"),
+            Words(c["commit"]), Html(f"<code>{text(c['command'])}</code>"),
         ]
         for c in report["cells"]
     ]  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 
 from bigmodel_jax.measures.look import number
 from bigmodel_jax.study.findings import probability, signed
-from bigmodel_jax.study.page import between, duration, of_seeds
+from bigmodel_jax.study.page import between, changes, duration, of_seeds
 
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
@@ -62,12 +62,15 @@ def markdown(report: Mapping[str, Any], plots: Sequence[tuple[str, str]]) -> str
     lines += ["## Results", "", about(report), "", _line(heads), _line(["---", *["---:"] * (len(heads) - 1)])]
     lines += [_line(row) for row in body]
     lines += ["", *(f"![{caption}]({file})\n" for file, caption in plots)]
-    lines += ["## How it was judged", "", report["rule"], "", "## Runs", ""]
+    lines += ["## Setup", "", *(f"- {line}" for line in report["setup"]), ""]
+    lines += [_line(("variant", "sets of this")), _line(("---", "---"))]
+    lines += [_line((v["name"], changes(v) or "nothing")) for v in report["variants"]]
+    lines += ["", "## How it was judged", "", report["rule"], "", "## Runs", ""]
     heads = ("cell", "variant", "seed", "status", report["metric"], "time", "CPU", "commit")
     lines += [_line(heads), _line(["---"] * len(heads))]
     lines += [
         _line((c["cell"], c["variant"], str(c["seed"]), c["status"], number(c["value"]), duration(c["wall_s"]),
-               duration(c["cpu_s"]), c["commit"][:12]))
+               duration(c["cpu_s"]), c["commit"]))
         for c in report["cells"]
     ]  # fmt: skip
     lines += ["", "A run again:", "", "```", *dict.fromkeys(c["command"] for c in report["cells"]), "```", ""]

@@ -96,6 +96,16 @@ def test_nothing_is_left_out_in_silence(made):
         findings.find(study, [])
 
 
+def test_runs_of_several_versions_of_the_code_are_told(made):
+    study, rows = made
+    other = [dataclasses.replace(rows[0], commit="f00-dirty"), *rows[1:]]
+    said = findings.find(study, other)["warnings"]
+    assert any("2 versions of the code" in line and "f00-dirty" in line for line in said)
+    assert any(line.startswith("1 runs are of code with changes") for line in said)
+    text = tables.markdown(findings.find(study, other), [])
+    assert "f00-dirty |" in text and "| pre-norm | " in text.split("## Setup")[1]
+
+
 @pytest.mark.parametrize("what", ["data", "eval"])
 def test_rows_of_other_data_are_refused_or_shown_with_a_warning(made, what):
     study, rows = made

@@ -49,6 +49,10 @@ def get_study():
             dict(better="residual44", worse="plain44", text="At depth 44 the residual network is better"),
             dict(better="plain8", worse="plain44", text="A plain network gets worse as it gets deeper"),
             dict(better="residual20", worse="plain20", text="At depth 20 the residual network is better"),
+            dict(
+                better="residual44", worse="residual8", margin=-0.02,
+                text="A residual network gets no worse as it gets deeper (within 0.02 nats)",
+            ),
         ),
         # Plain networks are in figure 6 only, as curves; table 6 has the residual ones.
         published={"residual20": 8.75, "residual44": 7.17},
