@@ -7,6 +7,11 @@
     python benchmarks/finetune.py digits                              all of it, with 50 to 4,000 images
 
 The statistics of batch normalisation start anew; the head is new as well.
+
+Came out, accuracy on 1,000 held-out images after 1,000 steps (results/finetune.json): with 50 images 74.1% transferred
+and 74.4% from scratch (paired difference -0.3, -2.4 to 1.7), with 200 94.6 and 94.3 (+0.3, -1.2 to 1.8), with 1,000
+97.5 and 97.2 (+0.3, -0.7 to 1.3), with 4,000 98.4 and 98.2 (+0.2, -0.5 to 1.0): the small digits are worth nothing that
+shows here once both have learnt. After 300 steps they seemed worth 14 to 17 points: the net from scratch had not.
 """
 
 from ml_collections import ConfigDict

@@ -3,14 +3,17 @@
     bigmodel study run configs/papers/loshchilov2019/decay.py --workdir runs/decay --processes 2
     bigmodel study report configs/papers/loshchilov2019/decay.py --workdir runs/decay
 
-Each variant is tuned over the same plane of learning rate and decay on two seeds of its own (the heat maps of the
-report are figure 2), then run on five others at its best point. The paper trains a Shake-Shake ResNet 26 2x64d on
-CIFAR-10 for 100 epochs; here a small ResNet with batch norm on 8x8 digits for 11. Judged by accuracy: weight decay
-moves the loss also by making a net less sure of itself, which is not the claim. With 360 held-out images the answer
-may well be that many more seeds are needed. (The paper's other claim, that rate and decay are less coupled when
+Each variant is tuned over the same plane of learning rate and decay on three seeds of its own (the heat maps of the
+report are figure 2), then run on twelve others at its best point. The paper trains a Shake-Shake ResNet 26 2x64d on
+CIFAR-10 for 100 epochs; here a small ResNet with batch norm on 8x8 digits for 22. Judged by accuracy: weight decay
+moves the loss also by making a net less sure of itself, which is not the claim. One of the 360 held-out images is 0.28
+points, and the same images choose and judge. (The paper's other claim, that rate and decay are less coupled when
 decoupled, is read off the heat maps; no number judges it here.)
 
 The paper's numbers are in its figures; nothing is put beside ours.
+
+Before: 250 steps, rates up to 0.03, two tuning seeds and five others gave 97.8% (L2, best at the outermost rate) and
+96.3%, undecided (-1.5 points, -3.5 to 0.5); the study then asked for 12 seeds and a wider plane, which it has now.
 """
 
 from ml_collections import ConfigDict
@@ -18,14 +21,14 @@ from ml_collections import ConfigDict
 
 def get_study():
     config = ConfigDict()
-    config.steps = 250
+    config.steps = 500
     config.batch_size = 64
     config.model = dict(name="resnet", depth=8, channels=8, bn_group=64)
     config.objective = dict(name="classification")
     config.optimizer = dict(name="adam", lr=3e-3, decay="decoupled", weight_decay=0.1, groups=((".*", {}),))
-    config.schedule = dict(name="cosine", warmup=10)
+    config.schedule = dict(name="cosine", warmup=20)
     config.data = dict(name="digits", pad_crop=1, mean=(0.305,), std=(0.376,))
-    config.eval = dict(every=50, batch_size=360)
+    config.eval = dict(every=100, batch_size=360)
     config.checkpoint = dict(every=0, keep_last=1)
     config.log = dict(every=10, tensorboard=False)
     return dict(
@@ -39,9 +42,9 @@ def get_study():
         },
         # The decays of the two mean different things: L2's is a gradient, the decoupled one's a share per step of
         # size lr. Both need their optimum inside; the report flags it where one is at the edge.
-        tune={"optimizer.lr": (1e-3, 3e-3, 1e-2, 3e-2), "optimizer.weight_decay": (1e-4, 1e-3, 1e-2, 1e-1, 1.0)},
-        tune_seeds=(100, 101),
-        seeds=(0, 1, 2, 3, 4),
+        tune={"optimizer.lr": (3e-3, 1e-2, 3e-2, 1e-1), "optimizer.weight_decay": (1e-4, 1e-3, 1e-2, 1e-1, 1.0)},
+        tune_seeds=(100, 101, 102),
+        seeds=tuple(range(12)),
         metric="validation/accuracy",
         mode="max",
         baseline="L2",
