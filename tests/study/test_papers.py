@@ -1,4 +1,4 @@
-"""Every study of configs/papers reads; every variant and every full-scale twin resolves and can be told apart."""
+"""Every study of configs/papers reads; every variant resolves and can be told apart; every full-scale twin lowers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 
 from bigmodel_jax import experiment, schema
 from bigmodel_jax.errors import InputError
+from bigmodel_jax.programs import Programs
 from bigmodel_jax.study import spec
 
 PAPERS = Path(__file__).resolve().parents[2] / "configs" / "papers"
@@ -53,6 +54,15 @@ def test_the_full_scale_twin_is_large_and_of_the_same_kind(study):
     assert full["steps"] * full["batch_size"] > 100 * base["steps"] * base["batch_size"]
     small_ones = {"decoder": {"decoder", "encoder_decoder"}, "resnet": {"resnet"}}
     assert full["model"]["name"] in small_ones.get(base["model"]["name"], {base["model"]["name"]})
+
+
+def test_the_full_scale_twin_lowers_on_eight_devices(study):
+    rows = 128  # of a batch: the groups of batch norm at full scale have as many
+    small = [f"--config.{leaf}={rows}" for leaf in ("batch_size", "eval.batch_size")]
+    layout = ["--config.microbatch=0", "--config.mesh.data=1", "--config.mesh.fsdp=8"]
+    programs = Programs(experiment.build(experiment.resolve(study.full, [*small, *layout]), load=False))
+    text = programs.lower_step(rows).as_text()
+    assert "stablehlo.dot_general" in text and ("sdy.sharding" in text or "mhlo.sharding" in text)
 
 
 def test_a_published_number_says_where_it_is_printed(study):
