@@ -35,6 +35,8 @@ def carry_out(args: argparse.Namespace) -> None:
       InputError: a study or an option that does not fit. RunError: cells failed. Preempted: asked to stop.
     """
     study = spec.read(args.study)
+    if study.held_out and args.action == "run":
+        raise InputError(f"'{study.held_out[0]}' is to be predicted first: bigmodel scaling run {args.study}")
     if args.pilot:
         if not 0 < args.pilot <= len(study.seeds):
             raise InputError(f"--pilot {args.pilot}: study '{study.name}' has {len(study.seeds)} seeds")

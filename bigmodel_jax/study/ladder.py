@@ -100,12 +100,6 @@ def measured(planned: Sequence[Point], rows: Sequence[Row], metric: str) -> list
     return out
 
 
-def held_out(planned: Sequence[Point]) -> list[str]:
-    """Variants of the largest size."""
-    largest = max(point.parameters for point in planned)
-    return [point.variant for point in planned if point.parameters == largest]
-
-
 def proposed(study: Study, *, ratios: Sequence[float] = (), budgets: Sequence[float] = ()) -> dict[str, dict[str, Any]]:
     """Variants of the study's sizes at so many tokens per parameter, or at so many FLOPs: what to put into its file.
 

@@ -62,8 +62,7 @@ def _plan(args: argparse.Namespace, store: Store) -> None:
         for name, leaves in ladder.proposed(store.study, ratios=ratios, budgets=budgets).items():
             print(f"{name!r}: {leaves!r},")
         return
-    planned = ladder.points(store.study)
-    held = ladder.held_out(planned)
+    planned, held = ladder.points(store.study), store.study.held_out
     for point in planned:
         print(
             f"{point.variant}: {ladder.short(point.parameters)} parameters, {ladder.short(point.tokens)} tokens "
@@ -77,7 +76,7 @@ def _plan(args: argparse.Namespace, store: Store) -> None:
 def _divided(store: Store) -> tuple[list[Point], list[Cell], list[Cell]]:
     """(points of all variants, cells to fit, cells held out)."""
     planned = ladder.points(store.study)
-    held, cells = ladder.held_out(planned), store.cells()
+    held, cells = store.study.held_out, store.cells()
     return planned, [c for c in cells if c.variant not in held], [c for c in cells if c.variant in held]
 
 
@@ -85,12 +84,17 @@ def _fitted(store: Store, planned: Sequence[Point], cells: Sequence[Cell]) -> tu
     rows = store.rows(cells)
     spec.check_comparable(store.study, rows)
     made = ladder.measured(planned, rows, store.study.metric)
+    lost = [row.variant for row in rows if row.status != "done"]
+    if lost:
+        print(f"not part of the fit, for they diverged: {', '.join(lost)}")
     return law.fit_with_intervals(*zip(*[(p.parameters, p.tokens, p.loss) for p in made], strict=True)), made
 
 
 def _run(args: argparse.Namespace, store: Store) -> None:
     _, cells, held = _divided(store)
     path = _prediction_path(args, store)
+    if args.held_out and not held:
+        raise InputError(f"the file of study '{store.study.name}' names no held_out variants")
     if args.held_out:
         _check_predicted(path, [cell.variant for cell in held])
         cells = held
@@ -151,8 +155,10 @@ def _check_predicted(path: Path, held: Sequence[str]) -> None:
     inside = subprocess.run([*git, "rev-parse", "--is-inside-work-tree"], capture_output=True, check=False)
     if inside.returncode:
         return
+    # An ignored file has no status.
+    known = subprocess.run([*git, "ls-files", "--error-unmatch", path.name], capture_output=True, check=False)
     said = subprocess.run([*git, "status", "--porcelain", "--", path.name], capture_output=True, text=True, check=False)
-    if said.stdout.strip() or said.returncode:
+    if known.returncode or said.stdout.strip() or said.returncode:
         raise InputError(f"commit {path} first: a prediction is one that was there before the run")
 
 

@@ -51,6 +51,7 @@ class Study:
     tune: leaf -> values tried for every variant on `tune_seeds`, before the seeds run at the best.
     search: settings of a search over leaves, see search.py; empty for none.
     first: name -> overrides of the base, of runs that variants start from; they are made, not reported.
+    held_out: variants of a ladder that its law predicts before they run, see scaling.py.
     full: raw config of the same study at the paper's scale. budget_minutes: of all cells together, wall time.
     file: where it was read from.
     """
@@ -72,6 +73,7 @@ class Study:
     tune_seeds: tuple[int, ...] = ()
     search: dict[str, Any] = field(default_factory=dict)
     first: dict[str, dict[str, Any]] = field(default_factory=dict)
+    held_out: tuple[str, ...] = ()
     full: dict[str, Any] | None = None
     budget_minutes: float = 90.0
     file: str = ""
@@ -178,6 +180,7 @@ def check(study: Study) -> None:
         ("baseline", study.baseline),
         *((f"claim '{c.text}'", variant) for c in study.claims for variant in (c.better, c.worse)),
         *(("published number", variant) for variant in study.published),
+        *(("held-out run", variant) for variant in study.held_out),
     ):
         if name not in study.variants:
             raise InputError(f"study {what}: there is no variant '{name}'{_near(name, study.variants)}")

@@ -49,6 +49,7 @@ def get_study():
         metric="validation/bits_per_byte",
         mode="min",
         baseline="33k, 1M bytes",
+        held_out=("1.6M, 16M bytes",),
     )  # fmt: skip
 
 

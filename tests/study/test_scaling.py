@@ -35,7 +35,7 @@ def planned(tmp_path_factory):
     model = dict(name="decoder", vocab_size=32, num_layers=1, embed_dim=4, num_heads=1, positions="rotary")
     study = dict(
         name="rungs", title="t", source="s", seeds=(0,), metric="validation/loss", mode="min", baseline="a short",
-        base=dict(
+        held_out=("d long",), base=dict(
             steps=6, batch_size=4, model=model, objective=dict(name="causal_lm"), optimizer=dict(name="adamw"),
             schedule=dict(name="constant"), data=dict(name="text", length=8),
         ),
@@ -63,7 +63,7 @@ def test_sizes_and_lengths_are_counted(planned, monkeypatch, capsys):
     by_name = {p.variant: p for p in points}
     # Tied table 32 D, four attention matrices and two of the mlp 12 D^2, their biases 9 D, three norms 6 D.
     assert by_name["b mid"].parameters == 32 * 8 + 12 * 64 + 9 * 8 + 6 * 8
-    assert by_name["b mid"].tokens == 60 * 4 * 8 and ladder.held_out(points) == ["d long"]
+    assert by_name["b mid"].tokens == 60 * 4 * 8
     scaling(folder, monkeypatch, "plan")
     assert "d long" in capsys.readouterr().out.splitlines()[9]
     scaling(folder, monkeypatch, "plan", "--tokens-per-parameter", "5", "--flops", "2e7,1e9")
@@ -85,6 +85,8 @@ def test_the_prediction_comes_first(planned, monkeypatch, capsys):
     with pytest.raises(InputError, match="no prediction of d long"):
         scaling(folder, monkeypatch, "run", "--held-out")
     subprocess.run(["git", "init", "-q", str(folder)], check=True)
+    with pytest.raises(InputError, match="'d long' is to be predicted first"):
+        cli.run(["study", "run", str(folder / "configs" / "rungs.py"), "--workdir", str(folder / "work")])
     scaling(folder, monkeypatch, "run", "--processes", "2")
     written = prediction.read_text()
     said = json.loads(written)
@@ -93,6 +95,10 @@ def test_the_prediction_comes_first(planned, monkeypatch, capsys):
     assert said["law"]["alpha"][0] == pytest.approx(LAW.alpha, rel=1e-2) and len(said["fitted_to"]) == 9
     with pytest.raises(InputError, match="commit .*rungs_prediction.json first"):
         scaling(folder, monkeypatch, "run", "--held-out")
+    (folder / ".gitignore").write_text("results\n")
+    with pytest.raises(InputError, match="commit .*rungs_prediction.json first"):
+        scaling(folder, monkeypatch, "run", "--held-out")
+    (folder / ".gitignore").unlink()
     git = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run([*git, "add", "results"], check=True)
     subprocess.run([*git, "commit", "-q", "-m", "prediction"], check=True)
