@@ -1,8 +1,8 @@
 """`bigmodel scaling plan|run|fit|target STUDY --workdir W`: a scaling law of a ladder, and the run it leads to.
 
 plan    the rungs with their sizes, or variants to put into the study's file (--tokens-per-parameter, --flops)
-run     every rung but the largest size, then the prediction of that, to results/<study>_prediction.json;
-        with --held-out the largest size itself, once the prediction is committed
+run     every rung but those held out, then the prediction of these, to results/<study>_prediction.json;
+        with --held-out the held-out runs themselves, once the prediction is committed
 fit     the law of what has been run, against the held-out runs where they are there
 target  a config file for the best run at --flops
 """
@@ -29,7 +29,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True, help="directory of the study")
     parser.add_argument("--processes", type=int, default=1, help="runs at a time on this machine")
     parser.add_argument("--record", action="store_true", help="keep finished rows in results/studies, and count them")
-    parser.add_argument("--held-out", action="store_true", help="run: the largest size, after its prediction")
+    parser.add_argument("--held-out", action="store_true", help="run: what the study holds out, after its prediction")
     parser.add_argument("--flops", default="", help="budgets with commas between; target: one")
     parser.add_argument("--tokens-per-parameter", default="", help="ratios with commas between")
     parser.add_argument("--out", default="", help="the prediction's file, or target's, default beside the results")
