@@ -69,6 +69,13 @@ def _whisker(axis: Any, interval: Mapping[str, Any], y: float) -> None:
         )  # fmt: skip
 
 
+def _apart(values: np.ndarray) -> np.ndarray:
+    """Offsets that set equal values one above the other, around 0."""
+    same = values[:, None] == values[None, :]
+    rank = np.tril(same, -1).sum(1)
+    return 0.15 * (rank - (same.sum(1) - 1) / 2)
+
+
 def seeds(variants: Sequence[Mapping[str, Any]], metric: str, mode: str, axis: Any) -> None:
     """Every run as a point, with the mean and its 95% t interval; a thin line joins runs of one seed."""
     _named_rows(axis, [v["name"] for v in variants])
@@ -84,7 +91,7 @@ def seeds(variants: Sequence[Mapping[str, Any]], metric: str, mode: str, axis: A
         for y, v in enumerate(variants):
             look = style(y)
             runs = np.array([x for x in v["values"].values() if math.isfinite(x)])
-            axis.scatter(runs, np.full(len(runs), y), s=26, alpha=0.75, color=look["color"], marker=look["marker"],
+            axis.scatter(runs, y + _apart(runs), s=26, alpha=0.75, color=look["color"], marker=look["marker"],
                          linewidths=0, zorder=3)  # fmt: skip
             if v["diverged"]:
                 axis.scatter([edge], [y], marker="x", s=40, color=INK, zorder=3)

@@ -171,6 +171,10 @@ def test_figures_show_the_runs(made, folder):
         drawn = [c.get_offsets() for c in axis.collections if len(c.get_offsets()) == len(fine)]
         assert any(np.allclose(sorted(d[:, 0]), fine) and (d[:, 1] == place).all() for d in drawn)
     assert "2 diverged" in {text.get_text() for text in axis.texts}
+    axis = Figure().add_subplot()
+    plots.seeds([{**found["variants"][0], "values": {0: 0.5, 1: 0.5, 2: 0.6}}], "accuracy", "max", axis)
+    drawn = next(c.get_offsets() for c in axis.collections if len(c.get_offsets()) == 3)
+    assert len({tuple(point) for point in drawn.tolist()}) == 3 and np.allclose(drawn[:, 1].mean(), 0)
 
     curves = {row.seed: row.curve for row in rows if row.variant == "pre-norm"}
     steps, mean, low, high = plots.band(curves)
