@@ -301,11 +301,17 @@ def _spans(examples: Examples, options: Options) -> Measured:
     start, end = (np.where(candidate, records[f"{name}_logits"], -np.inf) for name in ("start", "end"))
     first, last, score = spans.best_span(start, end)
     none = records["start_logits"][:, 0].astype(np.float64) + records["end_logits"][:, 0]
-    texts = [tokenizer.decode(rows["tokens"][i, first[i] : last[i] + 1]).strip() for i in range(len(first))]
+    pieces = examples.column("pieces")
+
+    def text(row: int, a: int, b: int) -> str:
+        # As the context has it: what a tokenizer decodes may lack capitals and have other spaces.
+        return (pieces[row].text(a, b) if pieces else tokenizer.decode(rows["tokens"][row, a : b + 1])).strip()
+
+    texts = [text(i, first[i], last[i]) for i in range(len(first))]
     references, groups = examples.column("references"), examples.column("group")
     if references is None:
         own = enumerate(zip(records["start"], records["end"], strict=True))
-        references = [[tokenizer.decode(rows["tokens"][i, a : b + 1]).strip()] if b else [""] for i, (a, b) in own]
+        references = [[text(i, a, b)] if b else [""] for i, (a, b) in own]
     question = np.asarray(examples.column("question") or examples.ids)
     names, windows_of = np.unique(question, return_inverse=True)
     # As in SQuAD 2.0: "no answer" wins where every window prefers it, if some question has none.

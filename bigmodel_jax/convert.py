@@ -23,8 +23,10 @@ from bigmodel_jax import experiment as experiments
 from bigmodel_jax import offline, schema, sections, tree
 from bigmodel_jax import workdir as workdirs
 from bigmodel_jax.checkpoint import Checkpointer
+from bigmodel_jax.data.pairs import Symbols
 from bigmodel_jax.data.pieces import Tokenizer
 from bigmodel_jax.data.published import FOLDER
+from bigmodel_jax.data.spans import Sentinels
 from bigmodel_jax.data.tokenizer import of_model
 from bigmodel_jax.errors import InputError
 from bigmodel_jax.hf import published
@@ -82,11 +84,14 @@ def _objective(section: dict[str, Any]) -> str:
     return _HEADS.get(head, "classification")
 
 
-def _config(section: dict[str, Any], tokenizer: bool, overrides: Sequence[str]) -> dict[str, Any]:
+def _config(section: dict[str, Any], tokenizer: bool, start: int | None, overrides: Sequence[str]) -> dict[str, Any]:
     """The new run's resolved config. SGD keeps no slots beside the parameters: nobody trains this run on."""
     raw = {
         "steps": 1, "model": section, "objective": {"name": _objective(section)},
-        "data": {"name": "none", "tokenizer": f"{workdirs.RUN}/{FOLDER}" if tokenizer else ""},
+        "data": {
+            "name": "none", "tokenizer": f"{workdirs.RUN}/{FOLDER}" if tokenizer else "",
+            "decoder_start": -1 if start is None else start,
+        },
         "optimizer": {"name": "sgd"}, "schedule": {"name": "constant"},
     }  # fmt: skip
     config = experiments.resolve(raw, [text for text in overrides if not text.startswith("--config.model.")])
@@ -104,7 +109,8 @@ def to_run(folder: str, run: str, overrides: Sequence[str] = ()) -> dict[str, An
         raise InputError(f"'{run}' already holds a run; give another directory")
     runtime = dict(schema.parse_override(text) for text in overrides if text.startswith("--config.runtime."))
     set_up_process(sections.Runtime(**{path.removeprefix("runtime."): value for path, value in runtime.items()}))
-    config = _config(opened.section, tokenizer is not None, overrides)
+    start = opened.origin.config.get("decoder_start_token_id")
+    config = _config(opened.section, tokenizer is not None, start, overrides)
     if tokenizer is not None:
         (workdir / FOLDER).mkdir(exist_ok=True)
         tokenizer.save(str(workdir / FOLDER))
@@ -164,6 +170,9 @@ def to_folder(
     origin = None
     if (workdir / ORIGIN).exists():
         origin = Origin(**json.loads((workdir / ORIGIN).read_text()))
+    if isinstance(exp.data.tokenizer, (Symbols, Sentinels)):
+        kind = type(exp.data.tokenizer).__name__.lower()
+        raise InputError(f"the tokenizer of '{run}' is one of {kind}, which has no published form")
     variables = programs.eval_variables(state)
     arrays = tree.flatten(variables["params"])
     arrays |= {f"stats/{path}": leaf for path, leaf in tree.flatten(variables["stats"]).items()}

@@ -7,17 +7,25 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import jax
+import numpy as np
 
 from bigmodel_jax.data.instructions import Chat
 from bigmodel_jax.errors import InputError
 from bigmodel_jax.generate import Continuation, Generator, Sampling, beam_search
 from bigmodel_jax.generate.text import Reader
 from bigmodel_jax.offline import open_run
+
+
+def chat_template(data: Mapping[str, Any], tokenizer: Any) -> str:
+    """What the run's conversations were written in: that of its data, of its tokenizer, or "" for none."""
+    if data["name"] == "instructions":
+        return Chat(tokenizer, data["template"]).template
+    return getattr(tokenizer, "chat_template", "")
 
 
 class Speaker:
@@ -29,6 +37,7 @@ class Speaker:
             raise InputError(f"'{args.workdir}' is not a language model: it has no tokenizer to generate text with")
         self.args, self.data, self.tokenizer = args, exp.data, exp.data.tokenizer
         self.paired = exp.model.encode is not None
+        self.template = chat_template(exp.config["data"], self.tokenizer)
         self.sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
         self.generator = Generator(
             exp.model, programs.eval_variables(state), layout=exp.layout, int8=args.int8_cache,
@@ -45,12 +54,14 @@ class Speaker:
         return {"prompts": [[start]] * len(texts), "sources": sources}
 
     def stream(
-        self, inputs: dict[str, Any], seed: int, continued: bool = True
+        self, inputs: dict[str, Any], seed: int, continued: bool = True, first: int = 0
     ) -> Iterator[tuple[list[Reader], list[Continuation], bool]]:
-        """(a reader of each row, what each has so far, whether that is all)."""
+        """(a reader of each row, what each has so far, whether that is all). first: number of the first prompt."""
+        numbers = first + np.arange(len(inputs["prompts"]))
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), numbers)
         readers = [Reader(self.tokenizer, self.args.stop, continued) for _ in inputs["prompts"]]
         pieces = self.generator.stream(
-            **inputs, length=self.args.length, key=jax.random.key(seed), sampling=self.sampling,
+            **inputs, length=self.args.length, key=keys, sampling=self.sampling,
             ended=(lambda row, tokens: readers[row].ended(tokens)) if self.args.stop else None,
             piece=8 if self.args.stream or self.args.interactive else 32,
         )  # fmt: skip
@@ -92,7 +103,10 @@ def generate_from_run(args: argparse.Namespace, overrides: Sequence[str]) -> lis
         return converse(speaker, input)
     prompts = args.prompt or [""]
     if args.stream:
-        return [say(speaker, speaker.inputs([text]), args.seed, "" if speaker.paired else text)[0] for text in prompts]
+        return [
+            say(speaker, speaker.inputs([text]), args.seed, "" if speaker.paired else text, first=number)[0]
+            for number, text in enumerate(prompts)
+        ]
     texts = []
     for prompt, (text, row) in zip(prompts, speaker.whole(prompts), strict=True):
         if args.json:
@@ -104,15 +118,16 @@ def generate_from_run(args: argparse.Namespace, overrides: Sequence[str]) -> lis
 
 
 def say(
-    speaker: Speaker, inputs: dict[str, Any], seed: int, before: str = "", stopped: Callable[[], bool] = lambda: False
-) -> tuple[str, list[int]]:
+    speaker: Speaker, inputs: dict[str, Any], seed: int, before: str = "", stopped: Callable[[], bool] = lambda: False,
+    first: int = 0,
+) -> tuple[str, list[int]]:  # fmt: skip
     """Show one answer as it comes, behind `before`; returns its text and tokens, as far as they came.
 
     stopped: asked between pieces; True ends the answer.
     """
     write(before)
     shown = ""
-    for (reader,), (row,), final in speaker.stream(inputs, seed, continued=bool(before)):
+    for (reader,), (row,), final in speaker.stream(inputs, seed, continued=bool(before), first=first):
         final = final or stopped()
         new = reader.fresh(row.tokens, final)
         write(new)
@@ -126,8 +141,8 @@ def say(
 def converse(speaker: Speaker, ask: Callable[[str], str]) -> list[str]:
     """Questions and answers until the input ends. Returns the answers.
 
-    With the tokenizer's chat template where it has one; else each line continues the text so far. What no
-    longer fits into the model's positions is forgotten, the oldest first.
+    With the chat template of the run's conversations or of its tokenizer, where it has one; else each line continues
+    the text so far. What no longer fits into the model's positions is forgotten, the oldest first.
     """
     memory = Conversation(speaker)
     answers: list[str] = []
@@ -151,8 +166,8 @@ class Conversation:
 
     def __init__(self, speaker: Speaker):
         self.speaker = speaker
-        chats = getattr(speaker.tokenizer, "chat_template", "") and not speaker.paired
-        self.chat = Chat(speaker.tokenizer) if chats else None
+        chats = speaker.template and not speaker.paired
+        self.chat = Chat(speaker.tokenizer, speaker.template) if chats else None
         self.messages: list[dict[str, str]] = []
         self.ids: list[int] = []
         longest = speaker.generator.longest()

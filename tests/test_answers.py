@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from bigmodel_jax import answers, assess
+from bigmodel_jax.data.answers import Pieces
 from bigmodel_jax.data.datasets import DATASETS
 from bigmodel_jax.measures import generated
 
@@ -107,6 +108,11 @@ def test_a_question_is_answered_from_the_best_of_its_windows():
     assert found["about"].startswith("3 questions in 4 windows")
     assert [each["predicted"] for each in found["worst"]] == ["old", "dog", ""]
     assert found["values"] == pytest.approx({"exact_match": 2 / 3, "f1": (1 + 2 / 3 + 1) / 3})
+    # Where the context is known, it is cut from there: here its words have other letters than the tokens.
+    own = np.stack([np.arange(8), np.arange(1, 9)], 1)
+    columns["pieces"] = [Pieces(text, 3, own) for text in ("RED FOX.", "BIG DOG.", "OLD CAT.", "NO OWL..")]
+    found = assess._spans(examples, assess.Options(resamples=50)).result
+    assert [each["predicted"] for each in found["worst"]] == ["OLD", "DOG", ""]
 
 
 def test_short_texts_are_among_the_largest_losses():

@@ -15,7 +15,7 @@ from bigmodel_jax import convert as converting
 from bigmodel_jax.data.pieces import Bytes
 from bigmodel_jax.data.tokenizer import load_tokenizer
 from bigmodel_jax.errors import InputError
-from bigmodel_jax.hf import published
+from bigmodel_jax.hf import FAMILIES, published
 from bigmodel_jax.hf import safetensors as st
 from bigmodel_jax.hf.tokenizer_json import tokenizer_json
 from bigmodel_jax.train import train
@@ -93,6 +93,24 @@ def test_there_and_back_is_bitwise(model, tmp_path):
     converting.convert(f"hf:{tmp_path / 'narrow'}", str(tmp_path / "run"), ["--config.model.param_dtype=float32"])
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert config["model"]["param_dtype"] == "float32" and config["model"]["dtype"] == "bfloat16"
+
+
+def test_an_encoder_decoder_begins_with_the_token_of_its_config(tmp_path):
+    """T5's answers begin with its padding, not with the end of text that a decoder of ours would begin with."""
+    foreign = {
+        "model_type": "t5", "vocab_size": 272, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2,
+        "decoder_start_token_id": 7, "relative_attention_num_buckets": 8,
+    }  # fmt: skip
+    section = published.complete(FAMILIES["t5"].config(foreign))
+    shapes = published.shapes_of(published.build(section))
+    leaves = {path: np.full(leaf.shape, 0.1, leaf.dtype) for path, leaf in shapes.items()}
+    published.write_folder(str(tmp_path / "t5"), section, leaves, family="t5")
+    for start in (7, None):
+        config = {k: v for k, v in foreign.items() if start is not None or k != "decoder_start_token_id"}
+        (tmp_path / "t5/config.json").write_text(json.dumps(config))
+        converting.convert(f"hf:{tmp_path / 't5'}", str(tmp_path / f"run{start}"))
+        exp = offline.open_run(str(tmp_path / f"run{start}"), [])[0]
+        assert exp.data.decoder_start == (-1 if start is None else start)
 
 
 def test_training_starts_from_it_and_what_was_trained_is_published(model, tmp_path):

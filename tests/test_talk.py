@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from bigmodel_jax import talk
+from bigmodel_jax.data.instructions import PLAIN
 from bigmodel_jax.data.tokenizer import Bytes
 from bigmodel_jax.generate import Generator, Sampling
 from bigmodel_jax.generate.text import Reader, cut, settled
@@ -47,7 +48,7 @@ def speaker():
     out.args = argparse.Namespace(
         length=9, stop=[], stream=True, interactive=True, seed=0, beams=0, length_penalty=1.0, json=False
     )
-    out.tokenizer, out.paired, out.sampling = Bytes(), False, Sampling(top_k=5)
+    out.tokenizer, out.paired, out.template, out.sampling = Bytes(), False, "", Sampling(top_k=5)
     out.generator = Generator(model, variables, eos=(256,), pad=257)
     return out
 
@@ -83,6 +84,9 @@ def test_a_chat_template_frames_every_turn(speaker, monkeypatch):
     template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"
     template += "{% if add_generation_prompt %}a:{% endif %}"
     monkeypatch.setattr(speaker.tokenizer, "chat_template", template)
+    assert talk.chat_template({"name": "text"}, Bytes()) == ""
+    assert talk.chat_template({"name": "instructions", "template": ""}, Bytes()) == PLAIN
+    speaker.template = talk.chat_template({"name": "none"}, speaker.tokenizer)
     memory = talk.Conversation(speaker)
     assert bytes(memory.asked("hi")["prompts"][0]) == b"u:hi;a:"
     memory.answered("yo", [1, 2])
@@ -90,6 +94,13 @@ def test_a_chat_template_frames_every_turn(speaker, monkeypatch):
     memory.room = 0
     memory.answered("z", [3])
     assert bytes(memory.asked("y")["prompts"][0]) == b"u:x;a:z;u:y;a:"
+
+
+def test_a_prompt_draws_the_same_alone_as_among_others(speaker):
+    among = speaker.whole(["ab", "ab", "cd"])
+    assert among[0][0] != among[1][0]
+    *_, (_, (row,), _) = speaker.stream(speaker.inputs(["ab"]), 0, first=1)
+    assert row.tokens == among[1][1].tokens
 
 
 def test_ctrl_c_ends_the_answer_only(speaker, capsys, monkeypatch):

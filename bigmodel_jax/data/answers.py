@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,6 +24,19 @@ def token_span(spans: np.ndarray, start: int, stop: int) -> tuple[int, int] | No
     if not len(inside) or spans[inside[0], 0] > start or spans[inside[-1], 1] < stop:
         return None
     return int(inside[0]), int(inside[-1])
+
+
+class Pieces(NamedTuple):
+    """Where the tokens of a window stand in its context: token `head` + i at the characters spans[i] ([n, 2])."""
+
+    context: str
+    head: int
+    spans: np.ndarray
+
+    def text(self, first: int, last: int) -> str:
+        """The characters of tokens first ... last of the row, as the context has them; "" outside of it."""
+        own = self.spans[max(first - self.head, 0) : max(last + 1 - self.head, 0)]
+        return self.context[own[0, 0] : own[-1, 1]] if len(own) else ""
 
 
 @dataclass(frozen=True)
@@ -57,23 +70,26 @@ class Spans(Rows):
         tokenizer = open_tokenizer(self.tokenizer, found["train"].texts(self.context), self.vocab_size)
         sources, about, report["windows"] = {}, {}, {}
         for split, table in found.items():
-            rows, owner, report["windows"][split] = self._rows(tokenizer, table)
+            rows, owner, pieces, report["windows"][split] = self._rows(tokenizer, table)
             sources[split] = Arrays(rows)
             if split != "train":
                 accepted = [list(answer["text"]) or [""] for answer in table.column(self.answers)]
                 texts = table.texts(self.question)
                 about[split] = {
                     "text": [texts[i] for i in owner], "references": [accepted[i] for i in owner],
-                    "question": owner, "group": owner,
+                    "question": owner, "group": owner, "pieces": pieces,
                 }  # fmt: skip
             log.info("%s: %s", split, ", ".join(f"{n} {what}" for what, n in report["windows"][split].items()))
         return loaded(sources, seed, batch_size, eval_batch_size, tokenizer=tokenizer, report=report, about=about)
 
-    def _rows(self, tokenizer: Any, table: Table) -> tuple[dict[str, np.ndarray], list[int], dict[str, int]]:
+    def _rows(
+        self, tokenizer: Any, table: Table
+    ) -> tuple[dict[str, np.ndarray], list[int], list[Pieces], dict[str, int]]:
         frame = Frame.of(tokenizer)
         count = {"questions": len(table), "windows": 0, "with_answer": 0, "questions_cut": 0, "answers_never_whole": 0}
         parts: dict[str, list[Any]] = {name: [] for name in ("tokens", "segments", "token_types", "start", "end")}
         owner: list[int] = []
+        pieces: list[Pieces] = []
         questions, contexts = table.texts(self.question), table.texts(self.context)
         asked = tokenizer.encode_batch(questions)
         for row, context in enumerate(contexts):
@@ -101,13 +117,14 @@ class Spans(Rows):
                 parts["start"].append(head + span[0] if span else 0)
                 parts["end"].append(head + span[1] if span else 0)
                 owner.append(row)
+                pieces.append(Pieces(context, head, own))
                 count["with_answer"] += span is not None
             count["answers_never_whole"] += bool(place) and not answered
         count["windows"] = len(owner)
         arrays = {name: np.array(values, np.int32) for name, values in parts.items()}
         if not self.token_types:
             del arrays["token_types"]
-        return arrays | {"weights": np.ones(len(owner), np.float32)}, owner, count
+        return arrays | {"weights": np.ones(len(owner), np.float32)}, owner, pieces, count
 
     def _answer(self, table: Table, row: int, context: str) -> tuple[int, int] | None:
         """Characters of the first answer; None where there is none."""

@@ -333,15 +333,20 @@ class TfdsImages(_Images):
 
 @dataclass(frozen=True)
 class NoData:
-    """No examples: the data of a converted model, which has only a tokenizer (its path, "" for none)."""
+    """No examples: the data of a converted model, which has only a tokenizer (its path, "" for none).
+
+    decoder_start: the token that an encoder-decoder's text begins with; -1 for the tokenizer's end of text.
+    """
 
     tokenizer: str = ""
+    decoder_start: int = -1
 
     def spec(self) -> Spec:
         return {}
 
     def load(self, **_: Any) -> Loaded:
-        return Loaded(None, {}, tokenizer=load_tokenizer(self.tokenizer) if self.tokenizer else None)
+        tokenizer = load_tokenizer(self.tokenizer) if self.tokenizer else None
+        return Loaded(None, {}, tokenizer=tokenizer, decoder_start=self.decoder_start)
 
 
 DATASETS: dict[str, Any] = {

@@ -164,6 +164,9 @@ def _entry(name: str, value: Any, base: int, size: int) -> Entry:
     needed = math.prod(shape) * DTYPES[dtype].itemsize
     if stop - start != needed:
         raise _Refused(f"'{_shown(name)}' has {stop - start} bytes, {dtype} {shape} needs {needed}")
+    # An empty tensor may claim other sides that no array can have.
+    if math.prod(side or 1 for side in shape) * DTYPES[dtype].itemsize >= 1 << 63:
+        raise _Refused(f"'{_shown(name)}' has the impossible shape {shape}")
     return Entry(DTYPES[dtype], tuple(shape), start, stop)
 
 

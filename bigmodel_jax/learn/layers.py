@@ -19,8 +19,8 @@ import numpy as np
 from bigmodel_jax import tree as trees
 from bigmodel_jax.errors import InputError
 
-BELOW = re.compile(r"(^|/)(embed|stem)(/|$)")
-"""Paths of what lies below every layer."""
+BELOW = re.compile(r"(^|/)(embed|stem|patches|class_token|positions|relative)(/|$)")
+"""Paths of what lies below every layer; relative: a table of biases that all of them share."""
 
 
 def _stacks(params: Any, axes: Any) -> dict[str, int]:

@@ -2,8 +2,8 @@
 
 A rung is a variant of a language model's study: its `model` leaves make the size N, its steps, batch and length the
 number of tokens D. The law is fitted to all but those that the study names as `held_out`, its prediction of these
-is written down, and only then are they run. Sizes are proposed by fixed tokens per parameter, or by budgets with the same
-FLOPs for every size (Hoffmann et al. 2022, approaches 1 and 2), with C = 6 N D.
+is written down, and only then are they run. Sizes are proposed by fixed tokens per parameter, or by budgets with
+the same FLOPs for every size (Hoffmann et al. 2022, approaches 1 and 2), with C = 6 N D.
 """
 
 from __future__ import annotations

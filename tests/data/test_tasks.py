@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from test_published import saved, trained
 
 from bigmodel_jax.data.answers import Spans, token_span
 from bigmodel_jax.data.instructions import PLAIN, Chat, Instructions, parts, render
@@ -85,6 +86,23 @@ def test_answers_are_found_in_every_window_that_holds_them(tmp_path):
     assert references[0] == ["Trier"] and references[-1] == [""]
     short = load(Spans(train=str(tmp_path / "t.jsonl"), validation=str(tmp_path / "v.jsonl"), length=16, stride=5))
     assert short.report["windows"]["train"]["answers_never_whole"] == 1  # counted, not lost in silence
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe", "unigram"])
+def test_an_answer_is_read_from_the_context_and_not_decoded(kind, tmp_path):
+    """A published tokenizer may lower letters and set spaces: "Jay-Z's 3.5" would come back as "jay - z ' s 3. 5"."""
+    answer = "Jay-Z's 3.5"
+    context = f"It is {answer} of Trier."
+    given = {"text": [answer], "answer_start": [context.index(answer)]}
+    rows = [{"question": "What?", "context": context, "answers": given}] * 2
+    file, folder = write(tmp_path / "t.jsonl", rows), saved(trained(kind), tmp_path / "tokenizer")
+    found = load(Spans(train=file, validation=file, tokenizer=folder, length=96, stride=8))
+    batch, pieces = found.train.source.gather(np.arange(1)), found.about["validation"]["pieces"]
+    first, last = int(batch["start"][0]), int(batch["end"][0])
+    assert pieces[0].text(first, last).strip() == answer
+    assert pieces[0].text(0, 1) == "" and pieces[0].text(90, 95) == ""
+    if kind == "wordpiece":
+        assert found.tokenizer.decode(batch["tokens"][0, first : last + 1]).strip() != answer
 
 
 def test_a_wrong_offset_is_refused(tmp_path):
