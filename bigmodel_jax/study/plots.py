@@ -69,6 +69,11 @@ def _whisker(axis: Any, interval: Mapping[str, Any], y: float) -> None:
         )  # fmt: skip
 
 
+def _lines(metric: str) -> str:
+    """A difference of two metrics on two lines, where one would not fit beside an axis."""
+    return metric.replace(" - ", "\n− ")
+
+
 def _apart(values: np.ndarray) -> np.ndarray:
     """Offsets that set equal values one above the other, around 0."""
     same = values[:, None] == values[None, :]
@@ -101,7 +106,7 @@ def seeds(variants: Sequence[Mapping[str, Any]], metric: str, mode: str, axis: A
                 axis.plot([v["mean"]] * 2, [y - 0.28, y + 0.28], color=INK, linewidth=2, zorder=5)
                 _whisker(axis, v["student"], y)
     better = "less" if mode == "min" else "more"
-    axis.set_xlabel(f"{metric} ({better} is better)", loc="right")
+    axis.set_xlabel(f"{_lines(metric)} ({better} is better)", loc="right")
 
 
 def gains(variants: Sequence[Mapping[str, Any]], baseline: str, axis: Any) -> None:
@@ -165,7 +170,7 @@ def curves(variants: Sequence[Mapping[str, Any]], metric: str, baseline: str, mo
         if len(finite):
             early.append(finite[min(len(finite) - 1, max(1, len(finite) // 6))])
             late.append(finite[-1])
-    axis.set(xlabel="step", ylabel=metric)
+    axis.set(xlabel="step", ylabel=_lines(metric))
     axis.grid(color=_GRID, alpha=0.3, linewidth=0.6)
     if late:
         # The first evaluations are far away from where variants differ.
@@ -209,7 +214,7 @@ def tuned(points: Mapping[str, Sequence[Mapping[str, Any]]], leaf: str, metric: 
         low, high = min([inner[0], *chosen]), max([inner[1], *chosen])
         pad = 0.12 * (high - low) or 0.05 * abs(high) or 1.0
         axis.set_ylim(low - pad, high + pad)
-    axis.set(xlabel=leaf, ylabel=metric)
+    axis.set(xlabel=leaf, ylabel=_lines(metric))
     axis.grid(color=_GRID, alpha=0.3, linewidth=0.6)
     _legend(axis)
 
