@@ -70,9 +70,8 @@ def _pairs(exp: Experiment, columns: Any, pipeline: Pipeline, batches: int, leng
                 references.append([])
             given = columns["references"][numbers[row]] if "references" in columns else [data.tokenizer.decode(target)]
             references[place] += [text for text in given if text not in references[place]]
-    start = data.decoder_start if data.decoder_start >= 0 else data.tokenizer.eos
     texts = [reader.decode(source) for source in sources]
-    return Task(np.array(ids), [[start]] * len(ids), sources, references, texts, length or longest)
+    return Task(np.array(ids), [[data.first_token]] * len(ids), sources, references, texts, length or longest)
 
 
 def predict(exp: Experiment, variables: Any, asked: Task, rows: int) -> list[str]:

@@ -49,9 +49,8 @@ class Speaker:
         if not self.paired:
             return {"prompts": [self.tokenizer.prompt(text) for text in texts]}
         reader = self.data.source_tokenizer or self.tokenizer
-        start = self.data.decoder_start if self.data.decoder_start >= 0 else self.tokenizer.eos
         sources = [[*reader.encode(text).tolist(), reader.eos] for text in texts]
-        return {"prompts": [[start]] * len(texts), "sources": sources}
+        return {"prompts": [[self.data.first_token]] * len(texts), "sources": sources}
 
     def stream(
         self, inputs: dict[str, Any], seed: int, continued: bool = True, first: int = 0

@@ -44,6 +44,11 @@ class Loaded(NamedTuple):
     decoder_start: int = -1
 
     @property
+    def first_token(self) -> int:
+        """What an encoder-decoder's text begins with: decoder_start, or the end of text where that is not given."""
+        return self.decoder_start if self.decoder_start >= 0 else self.tokenizer.eos
+
+    @property
     def fingerprint(self) -> str:
         """Of the training order and content, and of every evaluation set."""
         train = self.train.fingerprint if self.train else "none"

@@ -61,7 +61,8 @@ def find(
         _variant(study, name, by_variant[name], values[name], choices.get(name)) | {"against": against.get(name)}
         for name in study.variants
     ]
-    warnings += _missing(study, variants) + _versions(rows)
+    commits = sorted({row.commit for row in rows})
+    warnings += _missing(study, variants) + _versions(rows, commits)
     for name, choice in choices.items():
         if choice["edge"]:
             shown = ", ".join(f"{leaf} = {choice['overrides'][leaf]:g}" for leaf in choice["edge"])
@@ -78,7 +79,7 @@ def find(
             "training data": sorted({r.data_fingerprint for r in rows if r.data_fingerprint}),
             "evaluation": sorted({r.eval_fingerprint for r in rows if r.eval_fingerprint}),
         },
-        "commits": sorted({row.commit for row in rows}),
+        "commits": commits,
         "cost": {"wall_s": sum(r.wall_s for r in rows), "cpu_s": sum(r.cpu_s for r in rows), "cells": len(rows)},
     }  # fmt: skip
 
@@ -95,16 +96,17 @@ def _comparable(study: Study, rows: Sequence[Row], mixed: bool) -> list[str]:
 
 def _setup(base: Mapping[str, Any]) -> list[str]:
     """The study's config before its variants, a line a section."""
-    out = [", ".join(f"{leaf}={base[leaf]}" for leaf in ("steps", "batch_size") if leaf in base)]
-    for section in SHOWN:
-        leaves = ", ".join(f"{leaf}={value}" for leaf, value in base.get(section, {}).items())
-        out.append(f"{section}: {leaves}" if leaves else "")
-    return [line for line in out if line]
+    sections = {"": {leaf: base[leaf] for leaf in ("steps", "batch_size") if leaf in base}}
+    sections |= {f"{name}: ": base[name] for name in SHOWN if base.get(name)}
+    return [
+        head + ", ".join(f"{leaf}={value}" for leaf, value in leaves.items())
+        for head, leaves in sections.items()
+        if leaves
+    ]
 
 
-def _versions(rows: Sequence[Row]) -> list[str]:
+def _versions(rows: Sequence[Row], commits: Sequence[str]) -> list[str]:
     """What the commits of the rows leave in doubt: the code is not part of a cell."""
-    commits = sorted({row.commit for row in rows})
     changed = sum(row.commit.endswith("-dirty") for row in rows)
     out = [f"the runs are of {len(commits)} versions of the code: {', '.join(commits)}"] if len(commits) > 1 else []
     return out + ([f"{changed} runs are of code with changes that no commit has"] if changed else [])

@@ -84,18 +84,18 @@ def _fitted(store: Store, planned: Sequence[Point], cells: Sequence[Cell]) -> tu
     rows = store.rows(cells)
     spec.check_comparable(store.study, rows)
     made = ladder.measured(planned, rows, store.study.metric)
-    lost = [row.variant for row in rows if row.status != "done"]
+    lost = [f"{row.variant} ({row.status})" for row in rows if row.status != "done"]
     if lost:
-        print(f"not part of the fit, for they diverged: {', '.join(lost)}")
+        print(f"not part of the fit: {', '.join(lost)}")
     return law.fit_with_intervals(*zip(*[(p.parameters, p.tokens, p.loss) for p in made], strict=True)), made
 
 
 def _run(args: argparse.Namespace, store: Store) -> None:
     _, cells, held = _divided(store)
     path = _prediction_path(args, store)
-    if args.held_out and not held:
-        raise InputError(f"the file of study '{store.study.name}' names no held_out variants")
     if args.held_out:
+        if not held:
+            raise InputError(f"the file of study '{store.study.name}' names no held_out variants")
         _check_predicted(path, [cell.variant for cell in held])
         cells = held
     work = runner.Runner(store, args.processes)
@@ -155,10 +155,9 @@ def _check_predicted(path: Path, held: Sequence[str]) -> None:
     inside = subprocess.run([*git, "rev-parse", "--is-inside-work-tree"], capture_output=True, check=False)
     if inside.returncode:
         return
-    # An ignored file has no status.
-    known = subprocess.run([*git, "ls-files", "--error-unmatch", path.name], capture_output=True, check=False)
-    said = subprocess.run([*git, "status", "--porcelain", "--", path.name], capture_output=True, text=True, check=False)
-    if known.returncode or said.stdout.strip() or said.returncode:
+    status = [*git, "status", "--porcelain", "--ignored", "--", path.name]
+    said = subprocess.run(status, capture_output=True, text=True, check=False)
+    if said.stdout.strip() or said.returncode:
         raise InputError(f"commit {path} first: a prediction is one that was there before the run")
 
 

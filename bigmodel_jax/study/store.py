@@ -350,7 +350,8 @@ class Store:
     def _from_record(self, cell: Cell) -> Row | None:
         for line in self._recorded_lines():
             if line["cell"] == cell.id or (line["seed"] == cell.seed and same(line["config"], cell)):
-                return dataclasses.replace(_row(line), cell=cell.id) if self._judged(_row(line)) else None
+                row = dataclasses.replace(_row(line), cell=cell.id)
+                return row if self._judged(row) else None
         return None
 
     def _judged(self, row: Row) -> bool:
