@@ -48,7 +48,7 @@ def get_study():
         source="Shazeer 2020 (arXiv:2002.05202), table 1",
         base=config,
         variants=variants,
-        tune={"optimizer.lr": (4e-3, 8e-3, 1.6e-2)},
+        tune={"optimizer.lr": (8e-3, 1.6e-2, 3.2e-2)},
         tune_seeds=(100,),
         seeds=(0, 1, 2, 3, 4),
         metric="validation/bits_per_byte",
