@@ -1,10 +1,11 @@
-"""Searches over leaves, as methods of tuning.py: random, successive halving, Hyperband, Bayesian.
+"""Searches over leaves, as methods of tuning.py: walk, random, successive halving, Hyperband, Bayesian.
 
 A study's `search` is a dict:
 
-    method   "random", "halving", "hyperband" or "bayesian"
+    method   "walk", "random", "halving", "hyperband" or "bayesian"
     leaves   {leaf: list of choices, or {"low": a, "high": b, "log": True, "integer": False}}
-    trials   points to try (not hyperband, which follows from its lengths)
+    start    walk: the choice to begin with
+    trials   points to try (not walk; not hyperband, which follows from its lengths)
     steps    (fewest, most): lengths of runs for halving and hyperband; others train for the study's own
     eta      one in so many goes on to a run so many times as long, default 3
     batch    bayesian: points asked for at a time, default 4
@@ -46,6 +47,22 @@ def _value(axis: Any, share: float) -> Any:
         return low + int(share * (high + 1 - low))
     value = low * (high / low) ** share if axis.get("log") else low + (high - low) * share
     return round(value) if axis.get("integer") else float(f"{value:.6g}")  # readable in commands and tables
+
+
+def walk(space: Space, *, start: Any) -> Method:
+    """From `start` along the ordered choices of one leaf, until the best has a tried one on either side.
+
+    A grid as wide as one likes for the price of the few points around its best, if there is one valley. Of equals the
+    lower choice is the best, so that the walk leaves a range in which everything diverges at its low end.
+    """
+    ((leaf, choices),) = space.items()
+    values = sorted(choices)
+    scores: dict[int, float] = {}
+    best = values.index(start)
+    while asked := [n for n in (best - 1, best, best + 1) if 0 <= n < len(values) and n not in scores]:
+        found = yield [{leaf: values[n]} for n in asked]
+        scores.update(zip(asked, found, strict=True))
+        best = min(scores, key=lambda n: (scores[n], n))
 
 
 def sample(space: Space, *, trials: int, seed: int = 0) -> Method:
@@ -117,7 +134,7 @@ def _readable(point: Point, space: Space) -> Point:
 
 
 METHODS: dict[str, Callable[..., Method]] = {
-    "random": sample, "halving": halving, "hyperband": hyperband, "bayesian": bayesian,
+    "walk": walk, "random": sample, "halving": halving, "hyperband": hyperband, "bayesian": bayesian,
 }  # fmt: skip
 
 
@@ -158,8 +175,18 @@ def check(settings: Mapping[str, Any]) -> list[Point]:
         raise InputError("study search has no leaves")
     for leaf, axis in space.items():
         _check_axis(leaf, axis)
+    if method == "walk":
+        _check_walk(space, settings["start"])
     ends = [[axis["low"], axis["high"]] if isinstance(axis, Mapping) else list(axis) for axis in space.values()]
     return [dict(zip(space, point, strict=True)) for point in itertools.islice(itertools.product(*ends), 64)]
+
+
+def _check_walk(space: Space, start: Any) -> None:
+    choices = next(iter(space.values()))
+    if len(space) != 1 or isinstance(choices, Mapping):
+        raise InputError(f"study search 'walk' goes along the choices of one leaf, not {dict(space)!r}")
+    if start not in choices:
+        raise InputError(f"study search 'walk' starts at one of {tuple(choices)!r}, not {start!r}")
 
 
 def _check_axis(leaf: str, axis: Any) -> None:

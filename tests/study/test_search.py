@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from bigmodel_jax.errors import InputError
 from bigmodel_jax.study import search, tuning
 from bigmodel_jax.study.spec import Row, Study
 
@@ -45,6 +46,35 @@ def test_halving_keeps_the_best():
         ranked = [point for _, point in sorted(zip(scores, points, strict=True), key=lambda pair: pair[0])]
         bare = [{k: v for k, v in point.items() if k != "steps"} for point in (*ranked, *kept)]
         assert bare[len(ranked) :] == bare[: len(kept)]
+
+
+def walked(start: float, best: float) -> list[float]:
+    """The rates in the order in which a walk over ten of them tries them, for a valley with its floor at `best`."""
+    rates = [2.0**-n for n in range(10)]
+    method = search.make({"method": "walk", "leaves": {"optimizer.lr": rates}, "start": start})
+    tried, points = [], next(method)
+    while True:
+        tried += [point["optimizer.lr"] for point in points]
+        try:
+            points = method.send([abs(math.log2(point["optimizer.lr"] / best)) for point in points])
+        except StopIteration:
+            return tried
+
+
+def test_a_walk_goes_downhill_until_the_best_has_neighbours():
+    assert walked(1 / 8, best=1 / 8) == [1 / 16, 1 / 8, 1 / 4]
+    assert walked(1 / 8, best=1 / 64) == [1 / 16, 1 / 8, 1 / 4, 1 / 32, 1 / 64, 1 / 128]
+    assert walked(1 / 8, best=4.0) == [1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0]  # to the end, where the edge is told of
+    method = search.make({"method": "walk", "leaves": {"optimizer.lr": [0.1, 1.0, 10.0]}, "start": 10.0})
+    assert next(method) == [{"optimizer.lr": 1.0}, {"optimizer.lr": 10.0}]
+    assert method.send([math.inf, math.inf]) == [{"optimizer.lr": 0.1}]  # away from divergence
+    for leaves, start in (
+        ({"optimizer.lr": [0.1, 1.0]}, 0.5),
+        ({"optimizer.lr": {"low": 0.1, "high": 1.0}}, 0.1),
+        (SPACE, 0.1),
+    ):
+        with pytest.raises(InputError, match="'walk'"):
+            search.check({"method": "walk", "leaves": leaves, "start": start})
 
 
 @pytest.mark.parametrize("name", ["random", "bayesian"])
