@@ -38,6 +38,18 @@ def cosine(warmup: int, total: int, final: float = 0.0) -> Shape:
     return lambda progress, done: final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
 
 
+def long_cosine(warmup: int, total: int, *, length: float, final: float = 0.0) -> Shape:
+    """The beginning of a cosine laid out for a run `length` times as long (Hoffmann et al. 2022, figure A1).
+
+    length: at least 1, where it is `cosine`.
+    """
+    if length < 1:
+        raise InputError(f"long_cosine: length {length} is in units of the run, at least 1")
+    reach = (total - warmup) / max(length * total - warmup, 1)
+    whole = cosine(warmup, total, final)
+    return lambda progress, done: whole(progress * reach, done)
+
+
 def rsqrt(warmup: int, total: int, timescale: int = 0) -> Shape:
     """peak * sqrt(timescale / updates done), at most the peak (Vaswani et al. 2017).
 
@@ -92,6 +104,7 @@ SCHEDULES: dict[str, Callable[..., Shape]] = {
     "constant": constant,
     "linear": linear,
     "cosine": cosine,
+    "long_cosine": long_cosine,
     "rsqrt": rsqrt,
     "wsd": wsd,
     "piecewise": piecewise,

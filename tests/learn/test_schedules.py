@@ -22,6 +22,9 @@ def expected(name: str, step: int, warmup: int, **o) -> float:
         return PEAK + (o["final"] * PEAK - PEAK) * x
     if name == "cosine":
         return o["final"] * PEAK + (PEAK - o["final"] * PEAK) * (1 + np.cos(np.pi * x)) / 2
+    if name == "long_cosine":
+        x = (min(done, TOTAL) - warmup) / (150 - warmup)
+        return PEAK * (0.1 + 0.9 * (1 + np.cos(np.pi * x)) / 2)
     if name == "rsqrt":
         return PEAK * min(1.0, (max(warmup, 1) / done) ** 0.5)
     if name == "wsd":
@@ -33,7 +36,8 @@ def expected(name: str, step: int, warmup: int, **o) -> float:
 
 CASES = [
     ("constant", {}), ("linear", {"final": 0.0}), ("linear", {"final": 0.2}),
-    ("cosine", {"final": 0.1}), ("rsqrt", {}), ("piecewise", {"boundaries": (30, 0.6)}),
+    ("cosine", {"final": 0.1}), ("long_cosine", {"length": 1.5, "final": 0.1}), ("rsqrt", {}),
+    ("piecewise", {"boundaries": (30, 0.6)}),
     *[("wsd", {"decay": 0.25, "final": 0.1, "shape": s}) for s in ("linear", "cosine", "sqrt")],
 ]  # fmt: skip
 STEPS = [0, 1, 8, 9, 10, 11, 29, 30, 31, 59, 60, 74, 75, 76, 98, 99, 100, 250]
@@ -67,6 +71,7 @@ def test_first_update_moves_and_last_one_is_final():
         (("cosine", 1.0, 11, 10), {}, "between 0 and total 10"),
         (("wsd", 1.0, 0, 10), {"shape": "cosin"}, "did you mean 'cosine'"),
         (("wsd", 1.0, 0, 10), {"decay": 2.0}, "(0, 1]"),
+        (("long_cosine", 1.0, 0, 10), {"length": 0.9}, "at least 1"),
         (("piecewise", 1.0, 0, 10), {"boundaries": (5, 5)}, "must increase"),
     ],
 )

@@ -19,38 +19,21 @@ Not run yet as it is now.
 
 from ml_collections import ConfigDict
 
+from configs.papers import small_decoder
+
 WIDTH = 384  # of the plain layers; two thirds of it for gated ones
 GATED = ("glu", "bilinear", "geglu", "swiglu", "reglu")
 
 
 def get_study():
-    config = ConfigDict()
-    config.steps = 400
-    config.batch_size = 16
-    config.model = dict(
-        name="decoder", num_layers=3, embed_dim=96, num_heads=3, mlp_dim=WIDTH, max_length=128, positions="rotary",
-        norm="rmsnorm", norm_bias=False, activation="relu", bias=False, init="fan_in", depth_scaled_init=False,
-        embed_scale=96**0.5,
-    )  # fmt: skip
-    config.objective = dict(name="causal_lm")
-    config.optimizer = dict(name="adamw", lr=8e-3, b2=0.95, weight_decay=0.1, clip=1.0)
-    config.schedule = dict(name="cosine", warmup=40)
-    config.data = dict(
-        name="text", corpus="stdlib", tokenizer="bpe", vocab_size=1024, length=128, validation_fraction=0.02
-    )
-    config.eval = dict(every=100, batch_size=64)
-    config.checkpoint = dict(every=0, keep_last=1)
-    config.log = dict(every=10, tensorboard=False)
     variants = {name: {"model.activation": name} for name in ("relu", "gelu", "swish")}
     variants |= {name: {"model.activation": name, "model.mlp_dim": WIDTH * 2 // 3} for name in GATED}
     return dict(
         name="glu",
         title="Gated feed-forward layers",
         source="Shazeer 2020 (arXiv:2002.05202), table 1",
-        base=config,
+        base=small_decoder.base(),
         variants=variants,
-        search=dict(method="walk", leaves={"optimizer.lr": [2e-3 * 2**n for n in range(8)]}, start=1.6e-2),
-        tune_seeds=(100,),
         seeds=(0, 1, 2, 3, 4),
         metric="validation/bits_per_byte",
         mode="min",
@@ -70,6 +53,7 @@ def get_study():
         published_source="Shazeer 2020, table 1",
         full=full(),
         budget_minutes=90,
+        **small_decoder.best_rate(),
     )  # fmt: skip
 
 
