@@ -44,10 +44,12 @@ def task(exp: Experiment, name: str, pipeline: Pipeline, batches: int = 0, lengt
     if exp.model.cache is None or not {"prompt", "references"} <= set(columns):
         return None
     count = len(columns["prompt"]) if not batches else min(len(columns["prompt"]), batches * pipeline.size(0))
-    ids = np.arange(count)
-    prompts = [exp.data.tokenizer.prompt(text) for text in columns["prompt"][:count]]
-    references = [list(texts) for texts in columns["references"][:count]]
-    return Task(ids, prompts, None, references, list(columns["prompt"][:count]), length or 64)
+    given, tokenizer = columns["prompt"][:count], exp.data.tokenizer
+    prompts = [tokenizer.prompt(prompt) if isinstance(prompt, str) else list(prompt) for prompt in given]
+    texts = [prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in given]
+    references = [list(accepted) for accepted in columns["references"][:count]]
+    longest = max(columns.get("new_tokens", [64])[:count])
+    return Task(np.arange(count), prompts, None, references, texts, length or longest)
 
 
 def _pairs(exp: Experiment, columns: Any, pipeline: Pipeline, batches: int, length: int) -> Task:
@@ -75,17 +77,28 @@ def _pairs(exp: Experiment, columns: Any, pipeline: Pipeline, batches: int, leng
 
 
 def predict(exp: Experiment, variables: Any, asked: Task, rows: int) -> list[str]:
-    """Greedy answers, in order; `rows` inputs at a time, those of about one length together."""
+    """Greedy answers, in order; `rows` inputs at a time, those of about one length together.
+
+    A prompt that leaves fewer positions than `asked.length` gets those, apart from the others: what is written never
+    depends on `rows`.
+    """
     tokenizer = exp.data.tokenizer
     model = Generator(exp.model, variables, layout=exp.layout, eos=(tokenizer.eos,), pad=tokenizer.pad)
 
-    def answer(places: Sequence[int]) -> list[str]:
+    def write(places: Sequence[int], length: int) -> list[str]:
         sources = None if asked.sources is None else [asked.sources[i] for i in places]
         found = model(
-            [asked.prompts[i] for i in places], length=asked.length, key=jax.random.key(0),
+            [asked.prompts[i] for i in places], length=length, key=jax.random.key(0),
             sampling=Sampling(temperature=0.0), sources=sources,
         )  # fmt: skip
         return [tokenizer.decode(row.tokens, continued=asked.sources is None) for row in found]
+
+    def answer(places: Sequence[int]) -> list[str]:
+        longest = model.longest()
+        room = {i: min(longest - len(asked.prompts[i]), asked.length) if longest else asked.length for i in places}
+        if len(set(room.values())) == 1 and room[places[0]] > 0:
+            return write(places, room[places[0]])
+        return [write([i], room[i])[0] if room[i] > 0 else "" for i in places]
 
     sizes = [len(ids) for ids in (asked.sources or asked.prompts)]
     return in_batches(answer, sizes, rows)

@@ -3,6 +3,7 @@
     bigmodel train --config configs/finetune_chat.py:pretrain --workdir runs/chat/pretrain
     bigmodel train --config configs/finetune_chat.py:full --workdir runs/chat/full
     bigmodel train --config configs/finetune_chat.py:lora --workdir runs/chat/lora          4.4% of the parameters
+    bigmodel eval --workdir runs/chat/full
     bigmodel generate --workdir runs/chat/full --temperature 0 --prompt "### User
     How long is the word 'float'?
     ### Assistant
@@ -11,6 +12,7 @@
 The conversations are made here, of names in Python's standard library: their length, first and last letter. The
 loss is on answers alone, in the chat template of data/instructions.py; a tenth of the words is held out. Of the bytes
 of their answers 98.1% are right after `full` and 97.4% after `lora` (held-out loss 0.069 and 0.195 nats a byte).
+Written out, 63.2% [57.0, 68.6] and 49.5% [42.2, 55.4] of the 204 answers are exactly right (ROUGE-L 0.908, 0.874).
 """
 
 import json

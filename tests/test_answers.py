@@ -35,6 +35,9 @@ def upper(exp):
         def __init__(self, *_, **__):
             self.sizes = set()
 
+        def longest(self):
+            return 0
+
         def __call__(self, prompts, *, length, key, sampling, sources):
             assert sampling.temperature == 0.0 and all(prompt == [exp.data.decoder_start] for prompt in prompts)
             self.sizes.add(len(prompts))
@@ -82,6 +85,33 @@ def test_a_decoder_is_asked_where_the_data_gives_prompts_and_references():
     assert task.prompts[1] == [0, 50, 43, 50, 61] and task.references == [["2"], ["4", "four"]] and task.sources is None
     assert answers.task(exp, "test", pipeline, batches=1).texts == ["1+1="]
     assert answers.task(exp, "validation", pipeline) is None
+
+
+def test_a_prompt_gets_the_positions_that_are_left(monkeypatch):
+    calls = []
+
+    class Stand:
+        def __init__(self, *_, **__):
+            pass
+
+        def longest(self):
+            return 10
+
+        def __call__(self, prompts, *, length, **_):
+            calls.append((len(prompts), length))
+            assert all(len(prompt) + length <= 10 for prompt in prompts)
+            return [SimpleNamespace(tokens=[length] * length) for _ in prompts]
+
+    monkeypatch.setattr(answers, "Generator", Stand)
+    tokenizer = SimpleNamespace(eos=0, pad=0, decode=lambda ids, continued: "x" * len(ids))
+    exp = SimpleNamespace(data=SimpleNamespace(tokenizer=tokenizer), model=None, layout=None)
+    sizes = [3, 7, 10, 4, 12, 2]
+    task = answers.Task(np.arange(6), [[1] * n for n in sizes], None, [["x"]] * 6, [""] * 6, 6)
+    for rows in (1, 2, 3, 6):
+        assert [len(text) for text in answers.predict(exp, None, task, rows)] == [6, 3, 0, 6, 0, 6]
+    calls.clear()
+    answers.predict(exp, None, task, 3)
+    assert calls == [(1, 3), (3, 6)]  # those with room for all of it stay together
 
 
 def test_a_question_is_answered_from_the_best_of_its_windows():

@@ -13,6 +13,7 @@ from PIL import Image
 from sklearn import metrics
 
 from bigmodel_jax import assess, experiment, offline
+from bigmodel_jax import train as training
 from bigmodel_jax.errors import InputError
 from bigmodel_jax.programs import Programs
 from tests import tiny
@@ -138,3 +139,37 @@ def test_documents_are_scored_once_with_the_context_they_were_promised(runs, eva
         evaluated("text", context=64)
     with pytest.raises(InputError, match="causal LM"):
         evaluated("digits", context=8)
+
+
+def test_a_tuned_model_writes_the_answers_of_held_out_conversations(tmp_path, capsys):
+    def talks(name, answers):
+        rows = [
+            {"messages": [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(said)]}
+            for said in (("hi", "yo", question, answer) for question, answer in answers.items())
+        ]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows * 4))
+        return str(tmp_path / name)
+
+    template = "{% for m in messages %}{{ m.content }}{{ '|' if m.role == 'user' else eos_token }}{% endfor %}"
+    data = {
+        "name": "instructions", "train": talks("train.jsonl", {"left": "one two three four", "right": "five"}),
+        "validation": talks("test.jsonl", {"left": "one two three four", "right": "six"}), "length": 48,
+        "template": template,
+    }  # fmt: skip
+    config = experiment.resolve({
+        "seed": 1, "steps": 100, "batch_size": 8, "data": data, "objective": {"name": "causal_lm"},
+        "model": {"name": "decoder", "num_layers": 1, "embed_dim": 32, "num_heads": 2, "max_length": 48},
+        "optimizer": {"name": "adamw", "lr": 1e-2}, "schedule": {"name": "constant"}, "eval": {"batch_size": 8},
+        "log": {"tensorboard": False},
+    })  # fmt: skip
+    training.train(config, str(tmp_path / "run"))
+
+    options = assess.Options(resamples=60, length=18)
+    found = assess.evaluate_run(str(tmp_path / "run"), [], options=options)["sets"]["validation-generated"]
+    # "right" is answered as in training, "five"; the control is that this is not what the held-out file has.
+    assert found["values"]["exact_match"] == 0.5 and found["values"]["rouge_l"] == 0.5
+    assert {each["written"] for each in found["worst"]} == {"five"}
+    assert found["worst"][0]["references"] == ["six"] and found["worst"][0]["text"].endswith("right|")
+    low, high = (found["intervals"]["exact_match"][side] for side in ("low", "high"))
+    assert 0 < low < 0.5 < high < 1 and set(found["values"]) == {"exact_match", "f1", "rouge_l", "bleu", "chrf"}
+    assert "exact match" in capsys.readouterr().out

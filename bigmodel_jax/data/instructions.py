@@ -74,7 +74,8 @@ def render(
 def parts(
     template: str, messages: Sequence[Mapping[str, str]], tokens: Mapping[str, str] | None = None
 ) -> list[tuple[str, bool]]:
-    """The text of a conversation as (piece, whether it is an answer); joined they are the rendered text.
+    """The text of a conversation as (piece, whether it is an answer), one piece for each answer; joined they are the
+    rendered text.
 
     Errors: InputError for a template whose text of a beginning is not the beginning of its text.
     """
@@ -92,7 +93,7 @@ def parts(
     whole = render(template, messages, tokens=tokens)
     if not whole.startswith(done):
         raise InputError("the chat template rewrites what came before, so answers cannot be told apart in its text")
-    return [piece for piece in [*out, (whole[len(done) :], False)] if piece[0]]
+    return [*out, (whole[len(done) :], False)]
 
 
 class Chat:
@@ -108,19 +109,32 @@ class Chat:
         self._ids_of = {_MARKS[role]: index for role, index in ids.items() if index is not None}
         self.tokens = {f"{role}_token": "" if index is None else _MARKS[role] for role, index in ids.items()}
 
-    def encode(self, messages: Sequence[Mapping[str, str]]) -> tuple[np.ndarray, np.ndarray]:
-        """(ids [n] int32, answer [n] bool) of a conversation."""
+    def pieces(self, messages: Sequence[Mapping[str, str]]) -> list[tuple[list[int], bool]]:
+        """The ids of a conversation in pieces (ids, whether they are an answer), one piece for each answer."""
         if any(mark in message["content"] for message in messages for mark in _MARKS.values()):
             raise InputError("a message holds a character of U+FDD0 to U+FDD3, which no text may have")
-        ids: list[int] = []
-        answer: list[bool] = []
-        if self.template == PLAIN:
-            ids, answer = [self.tokenizer.eos], [False]
-        for text, learned in parts(self.template, messages, self.tokens):
-            found = self._ids(text)
-            ids += found
-            answer += [learned] * len(found)
+        begin = [([self.tokenizer.eos], False)] if self.template == PLAIN else []
+        return begin + [(self._ids(text), learned) for text, learned in parts(self.template, messages, self.tokens)]
+
+    def encode(self, messages: Sequence[Mapping[str, str]]) -> tuple[np.ndarray, np.ndarray]:
+        """(ids [n] int32, answer [n] bool) of a conversation."""
+        pieces = self.pieces(messages)
+        ids = [index for found, _ in pieces for index in found]
+        answer = [learned for found, learned in pieces for _ in found]
         return np.array(ids, np.int32), np.array(answer, bool)
+
+    def question(self, messages: Sequence[Mapping[str, str]], length: int) -> tuple[list[int], str, int]:
+        """(ids before an answer, its text, its tokens with its end): the last answer with a token before `length`."""
+        answers = iter([m["content"] for m in messages if m["role"] == "assistant"])
+        before: list[int] = []
+        found: tuple[list[int], str, int] = [], "", 0
+        for ids, learned in self.pieces(messages):
+            if learned:
+                text = next(answers)
+                if len(before) < length or not found[0]:
+                    found = list(before), text, len(ids)
+            before += ids
+        return found
 
     def prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Ids that the next answer is generated after."""
@@ -143,7 +157,9 @@ class Instructions(Rows):
 
     messages: column of [{"role": "system" | "user" | "assistant", "content": text}, ...]; or prompt and response: two
     columns of text, taken where `messages` is "". template: Jinja, "" for the tokenizer's. length: tokens of a row;
-    whole conversations are packed into rows, longer ones are cut. tokenizer, vocab_size: as in `labelled_text`.
+    longer conversations are cut. Rows of training are packed with whole conversations, rows of evaluation hold one:
+    `bigmodel eval` also has its last answer written, and held against the one that is there. tokenizer, vocab_size: as
+    in `labelled_text`.
     """
 
     messages: str = "messages"
@@ -186,17 +202,31 @@ class Instructions(Rows):
         found, report = self.cut(found, "text of talk", "")
         tokenizer = open_tokenizer(self.tokenizer, found["train"].texts("text of talk"), self.vocab_size)
         chat = Chat(tokenizer, self.template)
-        sources, report["truncation"] = {}, {}
+        sources, about, report["truncation"] = {}, {}, {}
         for split, table in found.items():
             cut = Cut()
-            sources[split] = Arrays(self._rows(chat, table, cut))
+            kept, talks = self._talks(chat, table, cut)
             cut.say(self.length, split)
-            rows, learned = len(sources[split]), sources[split].gather(np.arange(len(sources[split])))["weights"]
-            report["truncation"][split] = cut.report() | {"packed_rows": rows, "answer_tokens": int(learned.sum())}
-        return loaded(sources, seed, batch_size, eval_batch_size, tokenizer=tokenizer, report=report)
+            rows = self._rows(talks, tokenizer.pad, packed=split == "train")
+            sources[split] = Arrays(rows)
+            if split != "train":
+                about[split] = self._about(chat, table.take(kept))
+            learned = {"packed_rows": len(sources[split]), "answer_tokens": int(rows["weights"].sum())}
+            report["truncation"][split] = cut.report() | learned
+        return loaded(sources, seed, batch_size, eval_batch_size, tokenizer=tokenizer, report=report, about=about)
 
-    def _rows(self, chat: Chat, table: Table, cut: Cut) -> dict[str, np.ndarray]:
-        talks = []
+    def _about(self, chat: Chat, table: Table) -> dict[str, list[Any]]:
+        """Columns for evaluation: the question, the answer it should have, and whose rows are not independent."""
+        prompts, answers, sizes = zip(*(chat.question(m, self.length) for m in table.column("talk")), strict=True)
+        out = {
+            "text": table.texts("text of talk"), "prompt": list(prompts), "references": [[text] for text in answers],
+            "new_tokens": list(sizes),
+        }  # fmt: skip
+        return out | ({"group": table.column(self.group)} if self.group else {})
+
+    def _talks(self, chat: Chat, table: Table, cut: Cut) -> tuple[list[int], list[tuple[np.ndarray, np.ndarray]]]:
+        """(rows of the table with something to learn, ids and answer of each, cut to the length)."""
+        rows, talks = [], []
         for row, messages in enumerate(table.column("talk")):
             try:
                 ids, answer = chat.encode(messages)
@@ -205,13 +235,18 @@ class Instructions(Rows):
             kept = min(len(ids), self.length + 1)
             cut.add(len(ids), kept)
             if answer[1:kept].any():  # otherwise nothing of it would be learned
+                rows.append(row)
                 talks.append((ids[:kept], answer[:kept]))
         if not talks:
             raise InputError(f"no conversation has an answer within data.length {self.length}")
-        place = best_fit(np.array([len(ids) - 1 for ids, _ in talks]), self.length)
+        return rows, talks
+
+    def _rows(self, talks: Sequence[tuple[np.ndarray, np.ndarray]], pad: int, packed: bool) -> dict[str, np.ndarray]:
+        sizes = np.array([len(ids) - 1 for ids, _ in talks])
+        place = best_fit(sizes, self.length) if packed else np.arange(len(talks))
         shape = (int(place.max()) + 1, self.length)
         out = {name: np.zeros(shape, np.int32) for name in ("targets", "segments", "positions")}
-        out |= {"tokens": np.full(shape, chat.tokenizer.pad, np.int32), "weights": np.zeros(shape, np.float32)}
+        out |= {"tokens": np.full(shape, pad, np.int32), "weights": np.zeros(shape, np.float32)}
         used, number = np.zeros(shape[0], np.int64), np.zeros(shape[0], np.int64)
         for (ids, answer), row in zip(talks, place.tolist(), strict=True):
             n = len(ids) - 1

@@ -25,7 +25,8 @@ class Loaded(NamedTuple):
       "classes" are the names of the labels.
     about: {evaluation set: {column: one value per example of its source}}, what `bigmodel eval` uses beside
       the batches: "text" shown to people, "references" (accepted texts, a list each) that make it a
-      generation task, "group" (examples of one group are not independent).
+      generation task, for a decoder with "prompt" (text, or token ids) and "new_tokens" (of the longest reference),
+      "group" (examples of one group are not independent).
     """
 
     train: Pipeline | None

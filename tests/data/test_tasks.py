@@ -181,3 +181,21 @@ def test_conversations_are_packed_whole(tmp_path):
     pairs = write(tmp_path / "p.jsonl", [{"prompt": "2+2?", "response": "4"}] * 2)
     learned = load(Instructions(train=pairs, validation=pairs, messages="", length=40)).train.batch(0)
     assert Bytes().decode(learned["targets"][0][learned["weights"][0] > 0]).strip() == "4"
+
+
+def test_a_held_out_conversation_asks_for_its_last_answer(tmp_path):
+    path = write(tmp_path / "t.jsonl", [{"messages": TALK, "who": "a"}, {"messages": TALK[1:3], "who": "b"}])
+    data = Instructions(train=path, validation=path, length=120, group="who")
+    found = load(data)
+    about, chat = found.about["validation"], Chat(Bytes())
+    assert len(found.train) == 2 and found.evals["validation"].batch(0)["segments"].max() == 1  # one to a row
+    assert about["references"] == [["See you."], ["Hello."]] and about["group"] == ["a", "b"]
+    for row, messages in enumerate((TALK[:4], TALK[1:2])):
+        rows = found.evals["validation"].source.gather(np.array([row]))
+        assert about["prompt"][row] == chat.prompt(messages) == rows["tokens"][0, : len(about["prompt"][row])].tolist()
+        learned = np.flatnonzero(rows["weights"][0])
+        assert learned[-1] + 2 - len(about["prompt"][row]) == about["new_tokens"][row]
+    # Where the last answer is not in the row, the one before it is asked for; control: nothing else is.
+    short = load(Instructions(train=path, validation=path, length=len(chat.prompt(TALK[:2])) + 5)).about["validation"]
+    assert short["references"] == [["Hello."], ["Hello."]] and short["prompt"][0] == chat.prompt(TALK[:2])
+    assert "group" not in short
