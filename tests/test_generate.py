@@ -207,6 +207,28 @@ def test_beams_find_the_best_of_all_sequences():
     assert [sequence for sequence, _ in best(0.0, 8)] != [sequence for sequence, _ in best(2.0, 8)]
 
 
+def test_a_source_may_fill_all_positions():
+    """10 of 12 positions: rounded up to 16 they would not fit. The control is one token too many."""
+    model = MODELS["encoder_decoder"](
+        vocab_size=16, num_layers=1, embed_dim=16, num_heads=2, max_length=12, positions="learned",
+        attention="reference", init_std=1.0,
+    )  # fmt: skip
+    variables = jax.jit(model.init)(jax.random.key(0))
+    sources = [list(range(1, 11)), [5, 4, 3]]
+    found = Generator(model, variables)([[0], [0]], length=4, key=KEY, sampling=GREEDY, sources=sources)
+    source = np.array([sources[0], sources[1] + [0] * 7], np.int32)
+    tokens = np.array([[0, *row.tokens[:-1]] for row in found], np.int32)
+
+    @jax.jit
+    def chosen(source, segments, tokens):
+        out = model.apply(variables, train=False, source=source, source_segments=segments, tokens=tokens)
+        return out.head(out.hidden).argmax(-1)
+
+    assert chosen(source, (source > 0).astype(np.int32), tokens).tolist() == [row.tokens for row in found]
+    with pytest.raises(InputError, match="length 13 exceeds max_length=12"):
+        Generator(model, variables)([[0]], length=4, key=KEY, sources=[list(range(13))])
+
+
 def test_what_cannot_generate_says_so(decoder):
     model, variables, _ = decoder
     with pytest.raises(InputError, match="at least one token"):

@@ -75,23 +75,21 @@ class Generator:
         """(prompts [B, L] padded on the right, their lengths, further inputs of the model)."""
         if not prompts or any(len(prompt) == 0 for prompt in prompts):
             raise InputError("generation needs at least one token of prompt, for example the eos token")
-        tokens, lengths = _padded(prompts, self.pad)
         longest = self.longest()
+        tokens, lengths = _padded(prompts, self.pad, longest)
         if longest and lengths.max() + length > longest:
             room = longest - int(lengths.max())
             raise InputError(
                 f"a prompt of {lengths.max()} tokens and {length} new ones exceed the model's {longest} positions; "
                 f"{f'ask for at most {room}' if room > 0 else 'shorten the prompt'}"
             )
-        if longest:
-            tokens = tokens[:, :longest]
         if self.model.encode is None:
             if sources is not None:
                 raise InputError("this model has no encoder: it takes prompts alone")
             return tokens, lengths, {}
         if sources is None or len(sources) != len(prompts):
             raise InputError("an encoder-decoder needs one source for each prompt")
-        source, sizes = _padded(sources, self.pad)
+        source, sizes = _padded(sources, self.pad, longest)
         segments = (np.arange(source.shape[1]) < sizes[:, None]).astype(np.int32)
         memory = _encode(self.model, self.variables, source, segments)
         return tokens, lengths, {"memory": memory, "memory_segments": segments}
@@ -174,11 +172,14 @@ class Generator:
         return rows
 
 
-def _padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[np.ndarray, np.ndarray]:
-    """(ids [B, L] int32, lengths [B]); L is rounded up, so that few programs serve all lengths."""
+def _padded(rows: Sequence[Sequence[int]], pad: int, longest: int) -> tuple[np.ndarray, np.ndarray]:
+    """(ids [B, L] int32, lengths [B]); L is rounded up, so that few programs serve all lengths, but not beyond
+    `longest`, the positions that the model has (0 for any number)."""
     lengths = np.array([len(row) for row in rows], np.int32)
-    step = 8 if lengths.max() <= 64 else 64
-    out = np.full((len(rows), -(-int(lengths.max()) // step) * step), pad, np.int32)
+    most = int(lengths.max())
+    step = 8 if most <= 64 else 64
+    width = -(-most // step) * step
+    out = np.full((len(rows), max(most, min(width, longest)) if longest else width), pad, np.int32)
     for ids, row in zip(out, rows, strict=True):
         ids[: len(row)] = row
     return out, lengths
