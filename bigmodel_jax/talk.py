@@ -141,7 +141,8 @@ def converse(speaker: Speaker, ask: Callable[[str], str]) -> list[str]:
     """Questions and answers until the input ends. Returns the answers.
 
     With the chat template of the run's conversations or of its tokenizer, where it has one; else each line continues
-    the text so far. What no longer fits into the model's positions is forgotten, the oldest first.
+    the text so far. What no longer fits into the model's positions is forgotten, the oldest first. A line that cannot
+    be answered, such as one longer than the model, is said to be so and forgotten, and the conversation goes on.
     """
     memory = Conversation(speaker)
     answers: list[str] = []
@@ -154,8 +155,13 @@ def converse(speaker: Speaker, ask: Callable[[str], str]) -> list[str]:
         except KeyboardInterrupt:
             write("\n")
             continue
-        with _interrupts() as stopped:
-            text, tokens = say(speaker, memory.asked(line), speaker.args.seed + len(answers), stopped=stopped)
+        try:
+            with _interrupts() as stopped:
+                text, tokens = say(speaker, memory.asked(line), speaker.args.seed + len(answers), stopped=stopped)
+        except InputError as error:
+            memory.refused()
+            write(f"{error}. This message is not kept: go on with another, or leave with Ctrl-D\n")
+            continue
         memory.answered(text, tokens)
         answers.append(text)
 
@@ -169,21 +175,36 @@ class Conversation:
         self.chat = Chat(speaker.tokenizer, speaker.template) if chats else None
         self.messages: list[dict[str, str]] = []
         self.ids: list[int] = []
-        longest = speaker.generator.longest()
-        self.room = max(1, longest - speaker.args.length) if longest else 0
+        self._before: tuple[list[dict[str, str]], list[int]] = [], []
+        longest, length = speaker.generator.longest(), speaker.args.length
+        if longest and length >= longest:
+            raise InputError(f"--length {length} leaves no room for a message in the model's {longest} positions")
+        self.room = longest - length if longest else 0
 
     def asked(self, line: str) -> dict[str, Any]:
-        """Inputs for the answer to one more line."""
+        """Inputs for the answer to one more line. Errors: InputError for one that the model has no room for."""
         tokenizer = self.speaker.tokenizer
+        self._before = list(self.messages), list(self.ids)
         if self.speaker.paired:
             return self.speaker.inputs([line])
         if self.chat is None:
             self.ids += tokenizer.encode(line).tolist() if self.ids else tokenizer.prompt(line)
             return {"prompts": [self.ids[-self.room :]]}
         self.messages.append({"role": "user", "content": line})
-        while self.room and len(self.messages) > 1 and len(self.chat.prompt(self.messages)) > self.room:
+        prompt = self.chat.prompt(self.messages)
+        while self.room and len(self.messages) > 1 and len(prompt) > self.room:
             del self.messages[:2]
-        return {"prompts": [self.chat.prompt(self.messages)]}
+            prompt = self.chat.prompt(self.messages)
+        if self.room and len(prompt) > self.room:
+            raise InputError(
+                f"a message of {len(prompt)} tokens with its frame is longer than the {self.room} that an answer of "
+                f"--length {self.speaker.args.length} leaves of the model's positions; shorten one of them"
+            )
+        return {"prompts": [prompt]}
+
+    def refused(self) -> None:
+        """Forget the line that was asked last, and no other."""
+        self.messages, self.ids = self._before
 
     def answered(self, text: str, tokens: Sequence[int]) -> None:
         """Keep an answer."""

@@ -12,6 +12,7 @@ import pytest
 from bigmodel_jax import talk
 from bigmodel_jax.data.instructions import PLAIN
 from bigmodel_jax.data.tokenizer import Bytes
+from bigmodel_jax.errors import InputError
 from bigmodel_jax.generate import Generator, Sampling
 from bigmodel_jax.generate.text import Reader, cut, settled
 from bigmodel_jax.models import MODELS
@@ -94,6 +95,27 @@ def test_a_chat_template_frames_every_turn(speaker, monkeypatch):
     memory.room = 0
     memory.answered("z", [3])
     assert bytes(memory.asked("y")["prompts"][0]) == b"u:x;a:z;u:y;a:"
+
+
+TURNS = (
+    "{% for m in messages %}{{ m.content }};{% endfor %}{% if messages[-1].content == '?' %}"
+    "{{ raise_exception('not this') }}{% endif %}"
+)
+
+
+def test_a_line_that_cannot_be_answered_is_not_kept(speaker, capsys, monkeypatch):
+    """17 positions, 9 of them for the answer. Control: a line that fits is kept, and forgets the first."""
+    monkeypatch.setattr(speaker, "template", TURNS)
+    said = []
+    monkeypatch.setattr(talk, "say", lambda speaker, inputs, *_, **__: said.append(inputs["prompts"][0]) or ("x", [1]))
+    assert talk.converse(speaker, asked("ab", "123456789", "?", "cd", "1234567")) == ["x"] * 3
+    assert [bytes(prompt) for prompt in said] == [b"ab;", b"ab;x;cd;", b"1234567;"]
+    long, refused = capsys.readouterr().out.strip().splitlines()
+    assert "a message of 10 tokens with its frame is longer than the 8 " in long and "not kept: go on" in long
+    assert "not this" in refused and "not kept: go on" in refused
+    monkeypatch.setattr(speaker.args, "length", 17)
+    with pytest.raises(InputError, match="--length 17 leaves no room for a message in the model's 17 positions"):
+        talk.converse(speaker, asked("ab"))
 
 
 def test_a_prompt_draws_the_same_alone_as_among_others(speaker):
