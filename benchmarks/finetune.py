@@ -49,15 +49,12 @@ def predictions(workdir: Path, name: str) -> dict[str, np.ndarray]:
     """{"label", "logits"} of evaluation set `name`, in the order of its rows; from the best checkpoint where kept."""
     kept = workdir / f"predictions-{name}.npz"
     if not kept.exists():
-        from bigmodel_jax.checkpoint import Checkpointer
+        from bigmodel_jax import offline
         from bigmodel_jax.evaluate import collect, spec
-        from bigmodel_jax.programs import Programs
 
-        exp = experiment.build(experiment.resolve(json.loads((workdir / "config.json").read_text())))
-        programs, pipeline = Programs(exp), exp.data.evals[name]
-        folder = workdir / ("best" if (workdir / "best").exists() else "checkpoints")
-        with Checkpointer(folder, readonly=True) as checkpoints:
-            state, _ = checkpoints.restore(programs.state)
+        step = "best" if (workdir / "best").exists() else None
+        exp, programs, state, _ = offline.open_run(str(workdir), (), step)
+        pipeline = exp.data.evals[name]
         step = programs.records(exp.eval_rows, spec(pipeline))
         found = collect(step, state, pipeline, programs.eval_sharding, exp.eval_rows)
         np.savez(kept, **{key: found[key] for key in ("id", "label", "logits")})

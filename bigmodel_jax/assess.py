@@ -115,7 +115,7 @@ class Examples:
 def evaluate_run(
     path: str,
     overrides: Sequence[str],
-    step: int | None = None,
+    step: offline.Step = None,
     *,
     out: str = "",
     as_json: bool = False,

@@ -69,6 +69,10 @@ def _arguments_of(module: str) -> Argument:
 
 
 _CONFIG = _arg("--config", required=True, help="FILE.py or FILE.py:ARG")
+_CHECKPOINT = _one_of(
+    _arg("--step", type=int, metavar="N", help="checkpoint of this step, default the latest"),
+    _arg("--best", dest="step", action="store_const", const="best", help="the one that eval.metric was best at"),
+)
 _NO_CONFIG = "it reads no config"
 _STUDY = "what a study varies is in its file"
 
@@ -104,9 +108,9 @@ def _train(args: Namespace, overrides: Sequence[str]) -> None:
 
 @_verb(
     "eval",
-    "Evaluate the latest checkpoint of a run.",
+    "Evaluate a checkpoint of a run.",
     _arg("--workdir", required=True),
-    _arg("--step", type=int, help="checkpoint step, default the latest"),
+    _CHECKPOINT,
     _arg("--out", default="", help="directory for eval.json, page and plots, default WORKDIR/eval"),
     _arg("--json", action="store_true", help="print eval.json instead of a table"),
     _arg("--context", type=int, default=0, help="causal LM: tokens of a window, default data.length"),
@@ -154,6 +158,7 @@ def _probe(args: Namespace, overrides: Sequence[str]) -> None:
     "generate",
     "Continue a prompt with a trained decoder.",
     _arg("--workdir", required=True),
+    _CHECKPOINT,
     _arg("--prompt", action="append", help="may be given several times; an encoder-decoder reads it as its source"),
     _arg("--length", type=int, default=200, help="new tokens at most"),
     _arg("--temperature", type=float, default=0.8, help="0 is greedy"),
@@ -193,6 +198,7 @@ def _prepare(args: Namespace, overrides: Sequence[str]) -> None:
     "Turn a published model into a run, or a run into a published model.",
     _arg("--from", dest="source", required=True, metavar="FROM", help="hf:FOLDER, or a run"),
     _arg("--to", dest="target", required=True, metavar="TO", help="a new run, or hf:FOLDER"),
+    _CHECKPOINT,
     _arg("--family", default="", help="model_type to export as, default the first that fits"),
     _arg("--dtype", default="", help="of exported tensors, default the parameters'"),
     _arg("--shard-gb", type=float, default=5.0, help="largest exported file"),
@@ -200,7 +206,8 @@ def _prepare(args: Namespace, overrides: Sequence[str]) -> None:
 def _convert(args: Namespace, overrides: Sequence[str]) -> None:
     from bigmodel_jax.convert import convert
 
-    convert(args.source, args.target, overrides, family=args.family, dtype=args.dtype, shard_gb=args.shard_gb)
+    options = {"family": args.family, "dtype": args.dtype, "shard_gb": args.shard_gb}
+    convert(args.source, args.target, overrides, step=args.step, **options)
 
 
 @_verb(

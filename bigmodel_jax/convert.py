@@ -44,14 +44,16 @@ _KINDS = {"encoder_decoder": "seq2seq", "recurrent_seq2seq": "seq2seq"}
 
 
 def convert(
-    source: str, target: str, overrides: Sequence[str] = (), *, family: str = "", dtype: str = "", shard_gb: float = 5.0
-) -> dict[str, Any]:
+    source: str, target: str, overrides: Sequence[str] = (), *, step: offline.Step = None, family: str = "",
+    dtype: str = "", shard_gb: float = 5.0,
+) -> dict[str, Any]:  # fmt: skip
     """Carry out the verb; prints what was written as JSON.
 
     Args:
       source, target: one of them "hf:FOLDER", the other the directory of a run.
       overrides: of the new run's config, e.g. --config.model.param_dtype=float32 or --config.mesh.fsdp=8; when
         exporting, of the config the run is opened with.
+      step: the checkpoint to export, default the newest.
       family, dtype, shard_gb: of the exported files: the model_type, the stored dtype, the size of a file.
 
     Raises:
@@ -65,10 +67,12 @@ def convert(
         for name, value in (("--family", family), ("--dtype", dtype)):
             if value:
                 raise InputError(f"{name} is for exports; an import takes --config.model.param_dtype=...")
+        if step is not None:
+            raise InputError("--step and --best are for exports; a published model has no steps")
         report = to_run(source.removeprefix(PREFIX), target, overrides)
     else:
         report = to_folder(
-            source, target.removeprefix(PREFIX), overrides, family=family, dtype=dtype,
+            source, target.removeprefix(PREFIX), overrides, step=step, family=family, dtype=dtype,
             shard_bytes=int(shard_gb * 1e9),
         )  # fmt: skip
     print(json.dumps(report, indent=1))
@@ -153,10 +157,10 @@ def _state(programs: Programs, opened: Published) -> Any:
 
 
 def to_folder(
-    run: str, folder: str, overrides: Sequence[str] = (), *, family: str = "", dtype: str = "",
-    shard_bytes: int = published.st.SHARD_BYTES,
+    run: str, folder: str, overrides: Sequence[str] = (), *, step: offline.Step = None, family: str = "",
+    dtype: str = "", shard_bytes: int = published.st.SHARD_BYTES,
 ) -> dict[str, Any]:  # fmt: skip
-    """Write the newest checkpoint of a run as a published folder; returns what was done.
+    """Write a checkpoint of a run, default the newest, as a published folder; returns what was done.
 
     Averaged parameters are taken where the run keeps them; low-rank updates are merged.
     """
@@ -165,7 +169,7 @@ def to_folder(
     place = Path(folder)
     if (place / published.CONFIG).exists():
         raise InputError(f"'{folder}' already holds a model; give another folder")
-    exp, programs, state, step = offline.open_run(run, overrides)
+    exp, programs, state, step = offline.open_run(run, overrides, step)
     workdir = workdirs.existing(run)
     origin = None
     if (workdir / ORIGIN).exists():

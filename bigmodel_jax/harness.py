@@ -40,7 +40,8 @@ class Bigmodel(TemplateLM):
     """A run directory as the harness's model: a causal LM with its own tokenizer.
 
     Args:
-      workdir: of the run. overrides: "--config.a.b=value". step: checkpoint, default the latest.
+      workdir: of the run. overrides: "--config.a.b=value". step: checkpoint, default the latest; "best"
+        for the one in best/.
       batch_size: rows at a time. max_length: tokens of context, default the model's or data's length.
       max_gen_toks: new tokens where a task does not say.
       prefix: begin every context as the tokenizer begins a document (our own: with the end-of-text token).
@@ -53,7 +54,7 @@ class Bigmodel(TemplateLM):
         workdir: str,
         *,
         overrides: Sequence[str] = (),
-        step: int | None = None,
+        step: offline.Step = None,
         batch_size: int = 16,
         max_length: int = 0,
         max_gen_toks: int = 128,
@@ -210,7 +211,7 @@ def evaluate_tasks(
     *,
     tasks: Sequence[str],
     include: str = "",
-    step: int | None = None,
+    step: offline.Step = None,
     out: str = "",
     limit: int = 0,
 ) -> dict[str, Any]:

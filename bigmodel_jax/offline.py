@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from bigmodel_jax import experiment as experiments
-from bigmodel_jax import schema, sections
+from bigmodel_jax import record, schema, sections
 from bigmodel_jax import workdir as workdirs
 from bigmodel_jax.checkpoint import Checkpointer
 from bigmodel_jax.data.prepare import prepare
@@ -17,14 +17,29 @@ from bigmodel_jax.experiment import Experiment
 from bigmodel_jax.programs import Programs, set_up_process
 from bigmodel_jax.screen import Screen
 
+Step = int | Literal["best"] | None
 
-def open_run(path: str, overrides: Sequence[str], step: int | None = None) -> tuple[Experiment, Programs, Any, int]:
+
+def open_run(path: str, overrides: Sequence[str], step: Step = None) -> tuple[Experiment, Programs, Any, int]:
     """(experiment, programs, state, step) of a checkpoint, restored for reading only.
 
+    Args:
+      step: of checkpoints/; "best" is the one in best/, None the newest that is valid.
+
     Raises:
-      InputError: no run or no checkpoint there, or an override that does not fit.
+      InputError: no run or no such checkpoint there, or an override that does not fit.
     """
     workdir = workdirs.existing(path)
+    folder = workdir / "checkpoints"
+    if step == "best":
+        there, folder = record.steps(folder), workdir / "best"
+        if not record.steps(folder):
+            raise InputError(
+                f"'{path}' has no best checkpoint, which a run keeps that names an eval.metric; "
+                f"leave out --best, or give --step one of {there or 'none'}"
+            )
+    if step is not None:  # answered before any data is read
+        step, _ = record.find(folder, None if step == "best" else step)
     config = workdirs.placed(json.loads((workdir / "config.json").read_text()), workdir)
     config = experiments.resolve(_renamed(config, overrides), overrides)
     set_up_process(sections.Runtime(**config["runtime"]))
@@ -32,7 +47,7 @@ def open_run(path: str, overrides: Sequence[str], step: int | None = None) -> tu
     with screen:
         exp = experiments.build(config, progress=screen.preparing)
     programs = Programs(exp)
-    with Checkpointer(workdir / "checkpoints", readonly=True, log=screen.say) as checkpoints:
+    with Checkpointer(folder, readonly=True, log=screen.say) as checkpoints:
         found = checkpoints.restore(programs.state, step)
     if found is None:
         raise InputError(f"'{path}' has no checkpoint yet; train it first")

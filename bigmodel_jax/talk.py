@@ -32,7 +32,7 @@ class Speaker:
     """A run's model with its tokenizer and the options of one command."""
 
     def __init__(self, args: argparse.Namespace, overrides: Sequence[str]):
-        exp, programs, state, _ = open_run(args.workdir, overrides)
+        exp, programs, state, _ = open_run(args.workdir, overrides, args.step)
         if exp.data.tokenizer is None:
             raise InputError(f"'{args.workdir}' is not a language model: it has no tokenizer to generate text with")
         self.args, self.data, self.tokenizer = args, exp.data, exp.data.tokenizer

@@ -9,8 +9,8 @@ five stratified folds. The vocabulary and the pretraining see the training rows 
     bigmodel train --config configs/finetune_reviews.py:scratch,0 --workdir runs/reviews/0/scratch
     python benchmarks/finetune.py reviews                             all of it, and the SVM on characters
 
-The benchmark takes each run's best checkpoint by validation (`best/`); `bigmodel eval` reads the last step, where the
-pretrained one has 84.93%.
+The benchmark takes each run's best checkpoint by validation (`best/`), and so does `bigmodel eval --best`; without
+that it reads the last step, where the pretrained one has 84.93%.
 
 Fold 0, seed 0, 3,476 held-out reviews, on one core (44 minutes of pretraining, 17 of either fine-tuning):
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from bigmodel_jax import checkpoint, experiment, metrics, record, tree
+from bigmodel_jax import checkpoint, cli, experiment, metrics, record, tree
 from bigmodel_jax import train as training
 from bigmodel_jax.errors import InputError, Preempted
 from bigmodel_jax.inherit import init_from
@@ -77,6 +77,35 @@ def test_a_run_stops_when_nothing_improves_and_keeps_the_best(home, pretrained, 
     assert step == 2 and any(np.any(best[p] != last[p]) for p in best)
     report = json.loads((home / "tuned" / "init_from.json").read_text())
     assert "layer1/kernel" in report["loaded"] and "head/kernel" in report["skipped"] and not report["missing"]
+
+
+def test_every_verb_can_take_the_best_checkpoint_or_one_of_a_step(home, pretrained, tuned, tmp_path, capsys):
+    rows = {row["step"]: row["nll"] for row in metrics.read(home / "tuned", "eval")}
+    assert len(set(rows.values())) == 3  # the control: a wrong checkpoint shows
+    for options, step in ((["--best"], 2), (["--step", "4"], 4), ([], 6)):
+        cli.run(["eval", "--workdir", str(home / "tuned"), *options, "--resamples", "20", "--out", str(tmp_path)])
+        report = json.loads((tmp_path / "eval.json").read_text())
+        assert report["step"] == step and report["eval"]["validation"]["nll"] == pytest.approx(rows[step], rel=1e-6)
+    best, _ = params(home / "tuned", "best", "params")
+    started, _ = init_from(
+        str(home / "tuned" / "best"), {"head": {"kernel": np.zeros((16, 10), np.float32)}}, strict=False
+    )
+    assert np.array_equal(started["head"]["kernel"], best["head/kernel"])
+    where = [["eval", "--workdir"], ["generate", "--workdir"], ["convert", "--to", f"hf:{tmp_path}/out", "--from"]]
+    for verb in where:
+        for run, options, words in (
+            (pretrained, ["--best"], r"no best checkpoint.*eval.metric.*one of \[2\]"),
+            (home / "tuned", ["--step", "3"], r"no step 3.*steps there: \[4, 6\]"),
+            (home / "tuned", ["--step", "4", "--best"], "not allowed with"),
+        ):
+            with pytest.raises(InputError, match=words):
+                cli.run([*verb, str(run), *options])
+    with pytest.raises(InputError, match="--best are for exports"):
+        cli.run(["convert", "--from", "hf:nowhere", "--to", str(tmp_path / "run"), "--best"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        cli.run(["eval", "--help"])
+    assert "eval.metric was best" in capsys.readouterr().out
 
 
 def test_the_base_is_the_pretrained_model_for_ever(home, pretrained, tuned):
