@@ -389,6 +389,7 @@ class Loop:
             "config_hash": experiments.config_hash(exp.config),
             "data": exp.data.fingerprint,
             "examples": exp.data.examples,
+            "rows": exp.data.rows,
             "time": self.clock.summary(),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }

@@ -68,6 +68,12 @@ class Loaded(NamedTuple):
             out[name] = hashlib.sha256("\n".join(parts).encode()).hexdigest()
         return out
 
+    @property
+    def rows(self) -> dict[str, int]:
+        """{"train" or evaluation set: its examples}."""
+        sets = {"train": self.train, **self.evals}
+        return {name: len(pipeline.source) for name, pipeline in sets.items() if pipeline is not None}
+
 
 def ramp(batch_size: int | tuple) -> int | BatchRamp:
     """A batch size, or a ramp from ((first step, rows), ...)."""

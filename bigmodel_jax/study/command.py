@@ -94,13 +94,14 @@ def known(store: Store, variants: Sequence[str]) -> tuple[list[Cell], list[Cell]
 
 
 def summary(store: Store, cells: Sequence[Cell]) -> list[str]:
-    """One line per variant: how many seeds are done, their mean and spread."""
+    """One line per variant: how many runs are done, their mean and spread."""
     study = store.study
+    each = f"{len(study.repeats)} runs" if study.folds else f"{len(study.seeds)} seeds"
     lines = []
     for variant in dict.fromkeys(cell.variant for cell in cells):
         rows = store.rows([cell for cell in cells if cell.variant == variant])
         values = [row.values[study.metric] for row in rows if row.status == "done"]
-        text = f"{variant}: {len(values)} of {len(study.seeds)} seeds"
+        text = f"{variant}: {len(values)} of {each}"
         if values:
             mean = sum(values) / len(values)
             spread = (sum((x - mean) ** 2 for x in values) / (len(values) - 1)) ** 0.5 if len(values) > 1 else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics as plain_statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from bigmodel_jax.errors import InputError
@@ -29,7 +29,17 @@ RULE = (
     "and spread as observed would be settled with a probability of 80%; from few seeds this is a rough number. Exact "
     "p-values by sign flips and signed ranks stand beside as a check that assumes no normal distribution; with n pairs "
     "they cannot be below 2 / 2^n. Bootstrap intervals are expanded percentile intervals (Hesterberg 2015), which "
-    "cover about 93% with 5 seeds. Intervals are of seeds: the held-out examples are the same for all of them."
+    "cover about 93% with 5 seeds."
+)
+SEEDED = "Intervals are of seeds: the held-out examples are the same for all of them."
+FOLDED = (
+    "This study is of {count} folds ({leaf}): runs are compared on the same seed and fold, and what counts of a fold "
+    "is the mean of its seeds, which are no further evidence on other data. Folds share training rows, so their "
+    "results are not independent and a plain t interval is too narrow. Intervals and p are those of the corrected "
+    "resampled t test (Nadeau and Bengio 2003), which takes s^2 (1/n + n_test/n_train) for the variance of a mean, "
+    "not s^2/n; n_test/n_train is {overlap:.3g} here. More folds of the same rows share more of them: how many would "
+    "settle a claim is not said, nor are bootstrap intervals and exact p-values given, which would need independent "
+    "folds, as the rank-sum test of runs that diverged does."
 )
 SHOWN = ("model", "objective", "optimizer", "schedule", "data")
 
@@ -49,16 +59,17 @@ def find(
     """
     if not rows:
         raise InputError(f"study '{study.name}' has no finished runs to report")
-    choices = choices or {}
+    choices, overlap = choices or {}, _overlap(study, rows)
     warnings = _comparable(study, rows, mixed)
     by_variant = {name: [row for row in rows if row.variant == name] for name in study.variants}
     values = {
-        name: {row.seed: _value(row, study.metric) for row in found if row.status in ("done", "diverged")}
+        name: {_run(study, row): _value(row, study.metric) for row in found if row.status in ("done", "diverged")}
         for name, found in by_variant.items()
     }
-    against = _comparisons(study, values)
+    against = _comparisons(study, values, overlap)
     variants = [
-        _variant(study, name, by_variant[name], values[name], choices.get(name)) | {"against": against.get(name)}
+        _variant(study, name, by_variant[name], values[name], choices.get(name), overlap)
+        | {"against": against.get(name)}
         for name in study.variants
     ]
     commits = sorted({row.commit for row in rows})
@@ -71,10 +82,12 @@ def find(
         "name": study.name, "title": study.title, "source": study.source, "file": study.file, "metric": study.metric,
         "setup": _setup(study.base),
         "mode": study.mode, "baseline": study.baseline, "seeds": list(study.seeds), "level": statistics.LEVEL,
-        "rule": RULE, "warnings": warnings, "variants": variants, "claims": _claims(study, values),
+        "folds": {leaf: list(folds) for leaf, folds in study.folds.items()}, "overlap": overlap,
+        "rule": _rule(study, overlap), "warnings": warnings, "variants": variants,
+        "claims": _claims(study, values, overlap),
         "published": {"metric": study.published_metric, "source": study.published_source},
         "tuned": _tuned(choices, study.mode), "grids": _grids(study, variants, choices),
-        "cells": [_cell(row, study.metric) for row in rows],
+        "cells": [_cell(row, study) for row in rows],
         "fingerprints": {
             "training data": sorted({r.data_fingerprint for r in rows if r.data_fingerprint}),
             "evaluation": sorted({r.eval_fingerprint for r in rows if r.eval_fingerprint}),
@@ -82,6 +95,49 @@ def find(
         "commits": commits,
         "cost": {"wall_s": sum(r.wall_s for r in rows), "cpu_s": sum(r.cpu_s for r in rows), "cells": len(rows)},
     }  # fmt: skip
+
+
+def _overlap(study: Study, rows: Sequence[Row]) -> float | None:
+    """n_test / n_train of the folds, the largest of all runs; None in a study without folds."""
+    if not study.folds:
+        return None
+    sets = [term.removeprefix("best/").partition("/")[0] for term in study.terms]
+    done = [row.values for row in rows if row.status == "done"]
+    return max((of[f"rows/{name}"] / of["rows/train"] for of in done for name in sets), default=0.0)
+
+
+def _rule(study: Study, overlap: float | None) -> str:
+    folded = [FOLDED.format(count=len(folds), leaf=leaf, overlap=overlap) for leaf, folds in study.folds.items()]
+    return " ".join([RULE, *(folded or [SEEDED])])
+
+
+Run = tuple[int, Any]
+"""(seed, fold) of a row; the fold is None in a study without them."""
+
+
+def _run(study: Study, row: Row) -> Run:
+    return row.seed, study.fold(row.overrides)
+
+
+def _unit(run: Run) -> Any:
+    """What counts once: a seed, or a fold whatever its seeds."""
+    seed, fold = run
+    return seed if fold is None else fold
+
+
+def _units(values: Mapping[Run, float], runs: Iterable[Run]) -> dict[Any, float]:
+    """{seed: value}, or {fold: mean over its seeds} where there are folds; of these runs."""
+    found: dict[Any, list[float]] = {}
+    for run in runs:
+        found.setdefault(_unit(run), []).append(values[run])
+    return {unit: sum(each) / len(each) for unit, each in found.items()}
+
+
+def _paired(
+    study: Study, first: Mapping[Run, float], second: Mapping[Run, float], overlap: float | None, margin: float = 0.0
+) -> Paired:
+    common = [run for run in first if run in second]
+    return statistics.paired(_units(first, common), _units(second, common), study.mode, margin, overlap=overlap)
 
 
 def _comparable(study: Study, rows: Sequence[Row], mixed: bool) -> list[str]:
@@ -117,20 +173,38 @@ def _value(row: Row, metric: str) -> float:
 
 
 def _variant(
-    study: Study, name: str, rows: Sequence[Row], values: Mapping[int, float], choice: Mapping[str, Any] | None
-) -> dict[str, Any]:
+    study: Study, name: str, rows: Sequence[Row], values: Mapping[Run, float], choice: Mapping[str, Any] | None,
+    overlap: float | None,
+) -> dict[str, Any]:  # fmt: skip
     failed = sum(row.status == "failed" for row in rows)
-    summary = statistics.summarise(list(values.values()), study.mode, failed)
+    summary = statistics.summarise(list(_units(values, values).values()), study.mode, failed, overlap=overlap)
+    finished = sum(map(math.isfinite, values.values()))
     return {
         "name": name, "overrides": study.variants[name], "tuned": dict(choice["overrides"]) if choice else {},
-        "edge": list(choice["edge"]) if choice else [], "n": summary.n, "diverged": summary.diverged, "failed": failed,
-        "missing": len(study.seeds) - len(values) - failed, "mean": summary.mean, "sd": summary.sd,
+        "edge": list(choice["edge"]) if choice else [], "n": finished, "diverged": len(values) - finished,
+        "failed": failed, "missing": len(study.repeats) - len(values) - failed, "mean": summary.mean, "sd": summary.sd,
         "median": summary.median, "student": summary.student.json(), "bootstrap": summary.bootstrap.json(),
-        "values": dict(values), "published": study.published.get(name),
+        "values": {_shown(run): value for run, value in values.items()}, "published": study.published.get(name),
         "parameters": next((int(r.values["parameters"]) for r in rows if "parameters" in r.values), None),
         "wall_s": _median([row.wall_s for row in rows]), "cpu_s": _median([row.cpu_s for row in rows]),
-        "curves": {row.seed: [list(point) for point in row.curve] for row in rows if row.status == "done"},
+        "curves": _curves(study, [row for row in rows if row.status == "done"]),
     }  # fmt: skip
+
+
+def _shown(run: Run) -> Any:
+    seed, fold = run
+    return seed if fold is None else f"seed {seed}, fold {fold}"
+
+
+def _curves(study: Study, rows: Sequence[Row]) -> dict[Any, list[list[float]]]:
+    """{seed, or fold: its curve, the mean over seeds at the steps that all have}."""
+    found: dict[Any, list[dict[int, float]]] = {}
+    for row in rows:
+        found.setdefault(_unit(_run(study, row)), []).append(dict(row.curve))
+    return {
+        unit: [[step, sum(c[step] for c in each) / len(each)] for step in each[0] if all(step in c for c in each)]
+        for unit, each in found.items()
+    }
 
 
 def _median(values: Sequence[float]) -> float | None:
@@ -146,10 +220,12 @@ def _against(pair: Paired) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _comparisons(study: Study, values: Mapping[str, Mapping[int, float]]) -> dict[str, dict[str, Any]]:
+def _comparisons(
+    study: Study, values: Mapping[str, Mapping[Run, float]], overlap: float | None
+) -> dict[str, dict[str, Any]]:
     """{variant: its comparison with the baseline}, Holm-corrected over all of them."""
     pairs = {
-        name: statistics.paired(found, values[study.baseline], study.mode)
+        name: _paired(study, found, values[study.baseline], overlap)
         for name, found in values.items() if name != study.baseline and found
     }  # fmt: skip
     words = {"supported": "better", "contradicted": "worse", "undecided": "undecided"}
@@ -159,8 +235,8 @@ def _comparisons(study: Study, values: Mapping[str, Mapping[int, float]]) -> dic
     }
 
 
-def _claims(study: Study, values: Mapping[str, Mapping[int, float]]) -> list[dict[str, Any]]:
-    pairs = [statistics.paired(values[c.better], values[c.worse], study.mode, c.margin) for c in study.claims]
+def _claims(study: Study, values: Mapping[str, Mapping[Run, float]], overlap: float | None) -> list[dict[str, Any]]:
+    pairs = [_paired(study, values[c.better], values[c.worse], overlap, c.margin) for c in study.claims]
     return [
         {
             "text": claim.text, "better": claim.better, "worse": claim.worse, "margin": claim.margin,
@@ -175,7 +251,8 @@ def _claims(study: Study, values: Mapping[str, Mapping[int, float]]) -> list[dic
 def sentence(claim: Claim, pair: Paired, verdict: Verdict, metric: str) -> str:
     """The verdict in words, with everything it rests on."""
     margin = f"the margin of {number(claim.margin)}" if claim.margin else "0"
-    over = f"{claim.better} against {claim.worse}, {pair.n} common seeds: "
+    units = "seeds" if pair.overlap is None else "folds"
+    over = f"{claim.better} against {claim.worse}, {pair.n} common {units}: "
     if verdict.p is None:
         return f"{over}{pair.note}; nothing can be said."
     if pair.test == "ranks":
@@ -196,6 +273,9 @@ def sentence(claim: Claim, pair: Paired, verdict: Verdict, metric: str) -> str:
 
 
 def _needed(pair: Paired, verdict: Verdict) -> str:
+    if pair.overlap is not None:
+        seen = "" if verdict.detectable is None else f"; these could have settled {number(verdict.detectable, 2)}"
+        return f"More folds of the same rows share more of them, so how many would settle it is not said{seen}."
     if pair.test == "ranks":
         if verdict.seeds_needed:
             return f"{verdict.seeds_needed} seeds would settle it if every run stays better than every other."
@@ -239,15 +319,16 @@ def _missing(study: Study, variants: Sequence[Mapping[str, Any]]) -> list[str]:
     ):
         found = [f"{v['name']} {v[kind]}" for v in variants if v[kind]]
         if found:
-            out.append(f"runs {says}, of {len(study.seeds)} seeds each: {', '.join(found)}")
+            each = f"{len(study.repeats)} runs" if study.folds else f"{len(study.seeds)} seeds"
+            out.append(f"runs {says}, of {each} each: {', '.join(found)}")
     return out
 
 
-def _cell(row: Row, metric: str) -> dict[str, Any]:
+def _cell(row: Row, study: Study) -> dict[str, Any]:
     return {
-        "cell": row.cell, "variant": row.variant, "seed": row.seed, "status": row.status, "purpose": row.purpose,
-        "value": row.values.get(metric), "wall_s": row.wall_s, "cpu_s": row.cpu_s, "commit": row.commit,
-        "command": row.command, "overrides": row.overrides,
+        "cell": row.cell, "variant": row.variant, "seed": row.seed, "fold": study.fold(row.overrides),
+        "status": row.status, "purpose": row.purpose, "value": row.values.get(study.metric), "wall_s": row.wall_s,
+        "cpu_s": row.cpu_s, "commit": row.commit, "command": row.command, "overrides": row.overrides,
     }  # fmt: skip
 
 

@@ -17,9 +17,10 @@ MARKS = {"supported": "✓ supported", "contradicted": "✗ contradicted", "unde
 def render(report: Mapping[str, Any], plots: Mapping[str, tuple[str, str, Mapping[str, bytes]]]) -> str:
     """The page of what findings.find gives. plots: as plots.all_plots gives them, with a form "svg"."""
     better = "less" if report["mode"] == "min" else "more"
-    seeds = report["seeds"]
+    each = f"{len(report['seeds'])} seeds each"
+    each += "".join(f", of {len(folds)} folds ({leaf})" for leaf, folds in report["folds"].items())
     facts = (
-        f"{report['metric']} ({better} is better) · {len(report['variants'])} variants · {len(seeds)} seeds each · "
+        f"{report['metric']} ({better} is better) · {len(report['variants'])} variants · {each} · "
         f"{len(report['cells'])} runs, {duration(report['cost']['wall_s'])} of wall time in all, "
         f"{duration(report['cost']['cpu_s'])} of CPU time"
     )
@@ -54,6 +55,16 @@ def of_seeds(variant: Mapping[str, Any]) -> str:
     """How many runs a mean rests on, and what became of the others."""
     others = [f"{variant[kind]} {kind}" for kind in ("diverged", "failed", "missing") if variant[kind]]
     return " + ".join([str(variant["n"]), *others])
+
+
+def units(report: Mapping[str, Any]) -> str:
+    """What runs are compared by."""
+    return "seeds and folds" if report["folds"] else "seeds"
+
+
+def run_words(cell: Mapping[str, Any]) -> str:
+    """Which of its variant's runs a cell is."""
+    return str(cell["seed"]) if cell["fold"] is None else f"{cell['seed']}, fold {cell['fold']}"
 
 
 def changes(variant: Mapping[str, Any]) -> str:
@@ -142,7 +153,7 @@ def _plots(plots: Mapping[str, tuple[str, str, Mapping[str, bytes]]], names: Seq
 def _runs(report: Mapping[str, Any]) -> list[str]:
     rows = [
         [
-            c["variant"], Cell(c["seed"], c["seed"]), Words(c["status"]), _value(c["value"]),
+            c["variant"], Cell(run_words(c), c["seed"]), Words(c["status"]), _value(c["value"]),
             Cell(duration(c["wall_s"]), c["wall_s"]), Cell(duration(c["cpu_s"]), c["cpu_s"]), Words(c["cell"]),
             Words(c["commit"]), Html(f"<code>{text(c['command'])}</code>"),
         ]

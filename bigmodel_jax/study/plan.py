@@ -24,7 +24,7 @@ def lines(store: Store, tuned: Sequence[Cell], cells: Sequence[Cell], processes:
         mine = [cell for cell in cells if cell.variant == variant]
         changes = ", ".join(f"{leaf}={value}" for leaf, value in overrides.items()) or "as the base"
         done = len(store.rows(mine, failed=False))
-        out.append(f"{variant}: {len(mine)} seeds, {done} done; {changes}")
+        out.append(f"{variant}: {len(mine)} runs, {done} done; {changes}")
     finished = store.rows([*tuned, *cells], failed=False)
     left = runner.remaining_s(store, [*tuned, *cells], processes)
     spent = sum(row.wall_s for row in finished)

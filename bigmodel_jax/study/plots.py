@@ -128,9 +128,11 @@ def gains(variants: Sequence[Mapping[str, Any]], baseline: str, axis: Any) -> No
     axis.set_xlabel("gain over the baseline (right is better)", loc="right")
 
 
-def band(curves: Mapping[Any, Sequence[Sequence[float]]]) -> tuple[np.ndarray, ...]:
-    """(steps, mean, low, high): the mean over seeds and its 95% t interval, at the steps that every curve has."""
+def band(curves: Mapping[Any, Sequence[Sequence[float]]], overlap: float | None = None) -> tuple[np.ndarray, ...]:
+    """(steps, mean, low, high): the mean over seeds (or folds) and its 95% t interval, where all have one."""
     from scipy.special import stdtrit
+
+    from bigmodel_jax.study.statistics import widened
 
     tables = [dict(map(tuple, curve)) for curve in curves.values() if len(curve)]
     steps = sorted(set.intersection(*(set(t) for t in tables))) if tables else []
@@ -138,6 +140,7 @@ def band(curves: Mapping[Any, Sequence[Sequence[float]]]) -> tuple[np.ndarray, .
     mean = values.mean(axis=0) if len(tables) else np.zeros(0)
     n = len(tables)
     half = stdtrit(n - 1, 0.975) * values.std(axis=0, ddof=1) / math.sqrt(n) if n > 1 else np.zeros(len(steps))
+    half = half * widened(n, overlap)
     return np.array(steps), mean, mean - half, mean + half
 
 
@@ -155,11 +158,12 @@ def shown_curves(variants: Sequence[Mapping[str, Any]], baseline: str, mode: str
     return sorted(sorted(places, key=rank)[:CURVES])
 
 
-def curves(variants: Sequence[Mapping[str, Any]], metric: str, baseline: str, mode: str, axis: Any) -> None:
-    """Mean over seeds at each evaluation, with its interval as a band."""
+def curves(variants: Sequence[Mapping[str, Any]], metric: str, baseline: str, mode: str, axis: Any, *,
+           overlap: float | None = None) -> None:  # fmt: skip
+    """Mean over seeds (or folds) at each evaluation, with its interval as a band."""
     early, late = [], []
     for i in shown_curves(variants, baseline, mode):
-        steps, mean, low, high = band(variants[i]["curves"])
+        steps, mean, low, high = band(variants[i]["curves"], overlap)
         if not len(steps):
             continue
         look = style(i)
@@ -256,27 +260,29 @@ def all_plots(report: Mapping[str, Any], forms: Sequence[str]) -> dict[str, tupl
     """{file name: (caption, description for those who cannot see it, {form: bytes})} of a report (see findings.py)."""
     variants, metric, mode, baseline = (report[k] for k in ("variants", "metric", "mode", "baseline"))
     done = [v for v in variants if v["values"]]
+    each, same, units = ("run", "seed and fold", "fold") if report["folds"] else ("seed", "seed", "seed")
     order = [v["name"] for v in variants]
     height = 1.3 + 0.36 * len(done)
     out = {}
     if done:
-        caption = "Every seed (thin lines join the same seed), with the mean and its 95% t interval"
+        caption = f"Every {each} (thin lines join the same {same}), with the mean and its 95% t interval"
         alt = "; ".join(f"{v['name']}: {words(v)}" for v in done)
         out["seeds"] = caption, alt, drawn(partial(seeds, done, metric, mode), (4.2, height), forms)
     compared = [v for v in done if v["name"] == baseline or v["against"]]
     if len(compared) > 1:
-        caption = f"Mean gain over {baseline} in {metric}, its 95% t interval, and the gain on each common seed"
+        caption = f"Mean gain over {baseline} in {metric}, its 95% t interval, and the gain on each common {units}"
         alt = "; ".join(f"{v['name']}: {against_words(v)}" for v in compared if v["name"] != baseline)
         out["gains"] = caption, alt, drawn(partial(gains, compared, baseline), (4.2, height), forms)
     if any(len(curve) > 1 for v in done for curve in v["curves"].values()):
         few = len(shown_curves(variants, baseline, mode)) < sum(any(v["curves"].values()) for v in variants)
-        caption = "Mean over seeds at each evaluation, with its 95% t interval as a band" + (
+        caption = f"Mean over {units}s at each evaluation, with its 95% t interval as a band" + (
             f"; the baseline and the best {CURVES - 1} only" if few else ""
         )
         names = [variants[i]["name"] for i in shown_curves(variants, baseline, mode)]
         rows = math.ceil(len(names) / _columns(names))
         size = (4.2, 3.2 + 0.2 * rows)
-        out["curves"] = caption, caption, drawn(partial(curves, variants, metric, baseline, mode), size, forms)
+        draw = partial(curves, variants, metric, baseline, mode, overlap=report["overlap"])
+        out["curves"] = caption, caption, drawn(draw, size, forms)
     for leaf, points in report["tuned"].items():
         caption = f"{leaf} as tried on the tuning seeds; rings are the values chosen"
         alt = "; ".join(f"{name}: {next((p['value'] for p in tried if p['chosen']), 'none')} chosen"

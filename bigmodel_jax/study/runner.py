@@ -19,7 +19,7 @@ from types import FrameType
 from bigmodel_jax import status
 from bigmodel_jax.errors import EXIT_NUMERIC, InputError, Preempted
 from bigmodel_jax.launch import policy
-from bigmodel_jax.study.spec import Row
+from bigmodel_jax.study.spec import Row, fold_words
 from bigmodel_jax.study.store import Cell, Claim, Job, Store
 
 POLL_S = 0.1
@@ -176,9 +176,12 @@ class Runner:
         done = sum(self.store.row(cell) is not None for cell in cells)
         metric = self.store.study.metric
         value = f"{metric} {row.values[metric]:.5g}" if row.status == "done" and metric in row.values else row.status
+        fold = fold_words(self.store.study, row.overrides)
         left = remaining_s(self.store, cells, self.processes)
         to_go = f"; about {status.span(left)} to go" if left and done < len(cells) else ""
-        self.say(f"[{done}/{len(cells)}] {row.variant} seed {row.seed}: {value} in {status.span(row.wall_s)}{to_go}")
+        self.say(
+            f"[{done}/{len(cells)}] {row.variant} seed {row.seed}{fold}: {value} in {status.span(row.wall_s)}{to_go}"
+        )
 
     def _leave(self) -> None:
         """Ask the runs to save and leave; exit 75."""

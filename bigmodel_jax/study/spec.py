@@ -7,6 +7,7 @@
     grid        {leaf: values}: every combination of them, times the variants where both are given
     claims      dicts with the fields of Claim
     first       as variants: runs that others start from, by "init_from.path": "first:NAME", each from its own seed's
+    folds       {leaf: values}: every run once for each, as {"data.fold": range(5)} of k-fold cross-validation
 
 and may have `get_config(arg)`; without one, "FILE.py:VARIANT" is the config of that variant anyway.
 Everything that can be checked without data is checked here, in one line that names the nearest legal name.
@@ -51,6 +52,8 @@ class Study:
     tune: leaf -> values tried for every variant on `tune_seeds`, before the seeds run at the best.
     search: settings of a search over leaves, see search.py; empty for none.
     first: name -> overrides of the base, of runs that variants start from; they are made, not reported.
+    folds: one leaf that decides which rows are held out -> its values; each seed is run with each of them, and so are
+      the `first` runs, which would otherwise train on rows that are held out.
     held_out: variants of a ladder that its law predicts before they run, see scaling.py.
     full: raw config of the same study at the paper's scale. budget_minutes: of all cells together, wall time.
     file: where it was read from.
@@ -73,6 +76,7 @@ class Study:
     tune_seeds: tuple[int, ...] = ()
     search: dict[str, Any] = field(default_factory=dict)
     first: dict[str, dict[str, Any]] = field(default_factory=dict)
+    folds: dict[str, tuple] = field(default_factory=dict)
     held_out: tuple[str, ...] = ()
     full: dict[str, Any] | None = None
     budget_minutes: float = 90.0
@@ -82,6 +86,16 @@ class Study:
     def terms(self) -> tuple[str, ...]:
         """The metric's one name, or the two whose difference it is."""
         return tuple(self.metric.split(" - "))
+
+    @property
+    def repeats(self) -> list[tuple[int, dict[str, Any]]]:
+        """(seed, the fold's override, if any) of every run of a variant."""
+        folds = [{leaf: value} for leaf, values in self.folds.items() for value in values] or [{}]
+        return [(seed, fold) for seed in self.seeds for fold in folds]
+
+    def fold(self, overrides: Mapping[str, Any]) -> Any:
+        """The fold that a run's overrides name; None in a study without folds."""
+        return next((overrides[leaf] for leaf in self.folds), None)
 
     def config(self, variant: str, **overrides: Any) -> dict[str, Any]:
         """Raw config of a variant, or of "first:NAME"; `overrides` by leaf come last."""
@@ -98,7 +112,8 @@ class Row:
     """One finished cell, as read from the store.
 
     values: every number of the run: "SET/METRIC" and "best/SET/METRIC" of its evaluations, "train/loss" and the like
-    of its last training row, "parameters". overrides: by leaf, the variant's and those that were tuned or searched.
+    of its last training row, "rows/train" and "rows/SET" of its data, "parameters". overrides: by leaf, the variant's,
+    those that were tuned or searched, and the fold.
     status: "done", "diverged" (numeric abort, or a metric that is not finite) or "failed". wall_s, cpu_s: over all
     starts. curve: (step, metric) of every evaluation. purpose: "seeds", "tune" or "search".
     """
@@ -141,6 +156,7 @@ def read(file: str) -> Study:
     claims = tuple(_claim(claim) for claim in raw.pop("claims", ()))
     for name in ("seeds", "tune_seeds"):
         raw[name] = tuple(raw.get(name, ()))
+    raw["folds"] = {leaf: tuple(values) for leaf, values in raw.get("folds", {}).items()}
     study = Study(**raw, variants=variants, claims=claims, file=file)
     check(study)
     return study
@@ -186,8 +202,26 @@ def check(study: Study) -> None:
             raise InputError(f"study {what}: there is no variant '{name}'{_near(name, study.variants)}")
     if study.published and not (study.published_source and study.published_metric):
         raise InputError("study: published numbers need published_metric and published_source")
+    _check_folds(study)
     _check_first(study)
     _check_configs(study)
+
+
+def _check_folds(study: Study) -> None:
+    if len(study.folds) > 1:
+        raise InputError(f"study folds: one leaf decides what is held out, not {', '.join(study.folds)}")
+    for leaf, values in study.folds.items():
+        if len(set(values)) < max(len(values), 2):
+            raise InputError(f"study folds: '{leaf}' needs at least two values, each once, not {values!r}")
+        if study.tune or study.search:
+            raise InputError("study: with folds, tune and search would choose by rows that are held out to judge")
+        for kind, runs in (("variant", study.variants), ("first run", study.first)):
+            for name, overrides in runs.items():
+                if leaf in overrides:
+                    raise InputError(f"study {kind} '{name}' sets '{leaf}'; folds are the study's")
+                for value in values:
+                    raw = study.config(name if kind == "variant" else FIRST + name, **{leaf: value})
+                    _resolved(f"{kind} '{name}' in fold {value!r}", raw)
 
 
 def _check_first(study: Study) -> None:
@@ -260,24 +294,39 @@ def _resolved(what: str, raw: Mapping[str, Any]) -> dict[str, Any]:
 def check_comparable(study: Study, rows: Sequence[Row]) -> None:
     """Refuse rows that were not measured on the same examples, or not trained on the same data.
 
-    Evaluation must be one for all rows. Training data must be one for all rows of a variant, and for all variants
-    that set no leaf of `data`: a study that varies the data does so by name.
+    Evaluation must be one for all rows of a fold, and another for each fold. Training data must be one for all rows of
+    a variant and fold, and for all variants that set no leaf of `data`: a study that varies the data does so by name.
 
     Raises:
       InputError: one line that names two rows.
     """
-    first: dict[tuple[str, str], Row] = {}
+    first: dict[tuple[str, str, Any], Row] = {}
+    held: dict[str, Row] = {}
     for row in rows:
         if row.status != "done":
             continue
         own = any(leaf.split(".")[0] == "data" for leaf in study.variants.get(row.variant, {}))
-        keys = (("evaluation", ""), ("data", row.variant if own else ""))
-        for (what, group), found in zip(keys, (row.eval_fingerprint, row.data_fingerprint), strict=True):
-            other = first.setdefault((what, group), row)
-            theirs = other.eval_fingerprint if what == "evaluation" else other.data_fingerprint
+        fold = study.fold(row.overrides)
+        for what, group in (("evaluation", ""), ("data", row.variant if own else "")):
+            other = first.setdefault((what, group, fold), row)
+            theirs, found = (r.eval_fingerprint if what == "evaluation" else r.data_fingerprint for r in (other, row))
             if found != theirs:
                 raise InputError(
-                    f"study '{study.name}': rows '{other.variant}' seed {other.seed} (cell {other.cell}) and "
-                    f"'{row.variant}' seed {row.seed} (cell {row.cell}) differ in their {what} fingerprint "
-                    f"({theirs[:12]} and {found[:12]}); rerun one of them, they cannot be compared"
+                    f"study '{study.name}': rows {_named(study, other)} and {_named(study, row)} differ in their "
+                    f"{what} fingerprint ({theirs[:12]} and {found[:12]}); rerun one of them, they cannot be compared"
                 )
+        other = held.setdefault(row.eval_fingerprint, row)
+        if study.fold(other.overrides) != fold:
+            raise InputError(
+                f"study '{study.name}': rows {_named(study, other)} and {_named(study, row)} were evaluated on the "
+                f"same examples; folds need a leaf that changes what is held out in {study.metric}"
+            )
+
+
+def _named(study: Study, row: Row) -> str:
+    return f"'{row.variant}' seed {row.seed}{fold_words(study, row.overrides)} (cell {row.cell})"
+
+
+def fold_words(study: Study, overrides: Mapping[str, Any]) -> str:
+    """ " data.fold=3" of a run's overrides, "" in a study without folds."""
+    return "".join(f" {leaf}={overrides[leaf]}" for leaf in study.folds)

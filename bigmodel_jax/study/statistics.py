@@ -10,9 +10,15 @@ pairing: with 5 seeds its smallest p is 0.008, that of any paired test on ranks 
 which makes an unpaired test less ready to reject, not more. A failed run (a crash of the machine) says
 nothing of the variant; it is left out, and counted.
 
+Folds of one data set share training rows, so that their results are not independent, and the spread between them says
+too little of how their mean would differ on other rows: s^2 / n is too small a variance of the mean. The corrected
+resampled t test takes s^2 (1/n + n_test / n_train) (Nadeau and Bengio 2003), here `overlap` = n_test / n_train. It
+can fall with more folds, but not below overlap.
+
 Sources: Student's t and its power (noncentral t) as in Cohen (1988); exact sign flips, Fisher (1935); signed ranks,
 Wilcoxon (1945), with zeros as in Pratt (1959); rank sums, Mann and Whitney (1947); Holm (1979) and the intervals that
-go with it, Strassburger and Bretz (2008); effect size, Hedges (1981).
+go with it, Strassburger and Bretz (2008); effect size, Hedges (1981); folds, Nadeau and Bengio (2003),
+"Inference for the Generalization Error", Machine Learning 52.
 """
 
 from __future__ import annotations
@@ -23,6 +29,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 from scipy.special import gammaincinv, gammaln, ndtr, stdtr, stdtrit
@@ -63,14 +70,15 @@ class Summary:
 class Paired:
     """First against second over common seeds; positive is better for the first.
 
-    gains: per seed, infinite where one of the two diverged. mean, sd, g: of the gains, None where not all are finite.
+    seeds: those in common, or the folds. gains: of each, infinite where one of the two diverged. mean, sd, g: of the
+    gains, None where not all are finite.
     p: two-sided, of "the mean gain is `margin`", by the test named: "t", or "ranks" (rank sums) where a run diverged.
-    p_flips, p_ranks: the same hypothesis by exact sign flips (None with infinite gains) and signed ranks.
+    p_flips, p_ranks: the same hypothesis by exact sign flips (None with infinite gains) and signed ranks; not of folds.
     ahead: share of all pairs, of whatever seeds, in which the first is better by more than the margin.
-    diverged: runs of each, of the n.
+    diverged: runs of each, of the n. overlap: of folds, n_test / n_train; None where runs are independent.
     """
 
-    seeds: tuple[int, ...]
+    seeds: tuple[Any, ...]
     gains: tuple[float, ...]
     margin: float
     mean: float | None
@@ -85,6 +93,7 @@ class Paired:
     ahead: float
     diverged: tuple[int, int]
     note: str = ""
+    overlap: float | None = None
 
     @property
     def n(self) -> int:
@@ -97,8 +106,8 @@ class Verdict:
     claim's step in Holm's procedure, which excludes the margin exactly where p is at most alpha.
 
     seeds_needed: pairs in all after which a mean and spread as observed would be settled at that level with a
-    probability of 80%; None where it cannot be said, or not with MOST_SEEDS. detectable: the mean gain beyond
-    the margin that the present pairs would settle with the same probability.
+    probability of 80%; None where it cannot be said, as of folds, or not with MOST_SEEDS. detectable: the mean gain
+    beyond the margin that the present pairs would settle with the same probability.
     """
 
     kind: str
@@ -109,13 +118,18 @@ class Verdict:
     detectable: float | None
 
 
-def student(values: np.ndarray, level: float = LEVEL) -> Interval:
-    """Student's t interval of a mean."""
+def widened(n: int, overlap: float | None) -> float:
+    """How much larger the standard error of a mean of n folds is than that of n independent runs."""
+    return math.sqrt(1 + n * (overlap or 0.0))
+
+
+def student(values: np.ndarray, level: float = LEVEL, overlap: float | None = None) -> Interval:
+    """Student's t interval of a mean, of folds the corrected one."""
     n = len(values)
     mean = float(np.mean(values)) if n else None
     if n < 2:
         return Interval(mean, None, None, level, "t", n, 0, "no runs" if n == 0 else "one run says nothing of others")
-    half = float(stdtrit(n - 1, (1 + level) / 2) * np.std(values, ddof=1) / math.sqrt(n))
+    half = float(stdtrit(n - 1, (1 + level) / 2) * np.std(values, ddof=1) / math.sqrt(n)) * widened(n, overlap)
     if half <= 1e-12 * max(1.0, abs(mean)):
         note = "all values are the same, which tells nothing of their spread"
         return Interval(mean, None, None, level, "t", n, 0, note)
@@ -126,12 +140,19 @@ def resampled(values: np.ndarray, level: float = LEVEL) -> Interval:
     """Bootstrap interval of a mean, made for few values (`method` "expanded" of measures.intervals)."""
     n = len(values)
     if n < 2:
-        return Interval(float(values[0]) if n else None, None, None, level, "expanded", n, 0, "too few runs")
+        return _none(values, level, "too few runs")
     statistic = ratio(values)
     return bootstrap(lambda w: {"mean": statistic(w)}, n, resamples=RESAMPLES, level=level, method="expanded")["mean"]
 
 
-def summarise(values: Sequence[float], mode: str, failed: int = 0, level: float = LEVEL) -> Summary:
+def _none(values: np.ndarray, level: float, note: str = "folds are not independent") -> Interval:
+    mean = float(np.mean(values)) if len(values) else None
+    return Interval(mean, None, None, level, "expanded", len(values), 0, note)
+
+
+def summarise(
+    values: Sequence[float], mode: str, failed: int = 0, level: float = LEVEL, overlap: float | None = None
+) -> Summary:
     """Summary of one variant. values: the metric of each finished run, not finite where it diverged."""
     array = np.asarray(values, np.float64)
     fine = array[np.isfinite(array)]
@@ -142,12 +163,13 @@ def summarise(values: Sequence[float], mode: str, failed: int = 0, level: float 
         n=len(fine), diverged=len(array) - len(fine), failed=failed,
         mean=float(fine.mean()) if len(fine) else None, sd=float(fine.std(ddof=1)) if len(fine) > 1 else None,
         median=median if math.isfinite(median) else None,
-        student=student(fine, level), bootstrap=resampled(fine, level),
+        student=student(fine, level, overlap),
+        bootstrap=resampled(fine, level) if overlap is None else _none(fine, level),
     )  # fmt: skip
 
 
-def gains(first: Mapping[int, float], second: Mapping[int, float], mode: str) -> dict[int, float]:
-    """{seed: gain} over the seeds that both have; values that are not finite are diverged runs."""
+def gains(first: Mapping[Any, float], second: Mapping[Any, float], mode: str) -> dict[Any, float]:
+    """{seed or fold: gain} over those that both have; values that are not finite are diverged runs."""
     if mode not in ("min", "max"):
         raise InputError(f"mode {mode!r} should be min or max")
 
@@ -192,36 +214,41 @@ def hedges_g(values: np.ndarray) -> float | None:
 
 
 def paired(
-    first: Mapping[int, float], second: Mapping[int, float], mode: str, margin: float = 0.0, level: float = LEVEL
-) -> Paired:
-    """First against second, each {seed: metric}, not finite where a run diverged; over their common seeds."""
+    first: Mapping[Any, float], second: Mapping[Any, float], mode: str, margin: float = 0.0, level: float = LEVEL,
+    overlap: float | None = None,
+) -> Paired:  # fmt: skip
+    """First against second, each {seed: metric}, not finite where a run diverged; over their common seeds.
+
+    overlap: of folds in place of seeds, n_test / n_train.
+    """
     found = gains(first, second, mode)
     values = np.array(list(found.values()), np.float64)
     n, lost = len(values), [sum(not math.isfinite(side[seed]) for seed in found) for side in (first, second)]
     fine = values if sum(lost) == 0 else np.zeros(0)
-    interval = student(fine, level)
+    interval = student(fine, level, overlap)
     p, test, note = None, "t", interval.note
     if n == 0:
-        note = "no seed in common"
+        note = f"no {'seed' if overlap is None else 'fold'} in common"
     elif sum(lost):
         test, note = "ranks", "tested by ranks, since runs diverged"
         p = rank_sum(*_worths(first, second, found, mode, margin))
     elif interval.low is not None:
-        t = (values.mean() - margin) / (values.std(ddof=1) / math.sqrt(n))
+        t = (values.mean() - margin) / (values.std(ddof=1) / math.sqrt(n) * widened(n, overlap))
         p = float(2 * stdtr(n - 1, -abs(t)))
     return Paired(
         seeds=tuple(found), gains=tuple(values.tolist()), margin=margin,
         mean=float(fine.mean()) if len(fine) else None, sd=float(fine.std(ddof=1)) if len(fine) > 1 else None,
-        g=hedges_g(fine), student=interval, bootstrap=resampled(fine, level), test=test, p=p,
-        p_flips=sign_flips(fine - margin) if len(fine) else None,
-        p_ranks=signed_ranks(values - margin) if n else None,
+        g=hedges_g(fine), student=interval, test=test, p=p,
+        bootstrap=resampled(fine, level) if overlap is None else _none(fine, level),
+        p_flips=sign_flips(fine - margin) if len(fine) and overlap is None else None,
+        p_ranks=signed_ranks(values - margin) if n and overlap is None else None,
         ahead=_ahead(*_worths(first, second, found, mode, margin)) if n else 0.5, diverged=tuple(lost),
-        note=note,
+        note=note, overlap=overlap,
     )  # fmt: skip
 
 
 def _worths(
-    first: Mapping[int, float], second: Mapping[int, float], seeds: Iterable[int], mode: str, margin: float
+    first: Mapping[Any, float], second: Mapping[Any, float], seeds: Iterable[Any], mode: str, margin: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Values of both, higher is better, a diverged run -inf; the margin is taken off the first."""
     sign = 1.0 if mode == "max" else -1.0
@@ -330,12 +357,13 @@ def judge(pairs: Sequence[Paired], alpha: float = 1 - LEVEL) -> list[Verdict]:
             out.append(Verdict("undecided", None, 1 - level, pair.student, None, None))
             continue
         if pair.test == "t":
-            interval = student(np.array(pair.gains), 1 - level)
+            interval = student(np.array(pair.gains), 1 - level, pair.overlap)
             up, needed = pair.mean > pair.margin, seeds_needed(pair.mean - pair.margin, pair.sd, level)
-            least = detectable(pair.sd, pair.n, level)
+            least = detectable(pair.sd * widened(pair.n, pair.overlap), pair.n, level)
         else:
             interval, least, up = pair.student, None, pair.ahead > 0.5
             needed = seeds_apart(level) if pair.ahead in (0.0, 1.0) else None
+        needed = needed if pair.overlap is None else None  # more folds of the same rows share more of them
         kind = "undecided" if adjusted > alpha else "supported" if up else "contradicted"
         out.append(Verdict(kind, adjusted, 1 - level, interval, needed, least))
     return out

@@ -34,7 +34,7 @@ from typing import Any
 from bigmodel_jax import experiment, metrics, schema
 from bigmodel_jax.errors import InputError
 from bigmodel_jax.lanes import MAY_DIFFER
-from bigmodel_jax.study import journal
+from bigmodel_jax.study import journal, rows
 from bigmodel_jax.study.spec import FIRST, Row, Study
 from bigmodel_jax.workdir import DIVERGED
 
@@ -122,7 +122,7 @@ class Store:
         config = experiment.resolve(raw)
         path, start = config["init_from"]["path"], ""
         if path.startswith(FIRST):
-            start = self.cell(path, seed, purpose="first").id
+            start = self.cell(path, seed, self._fold(extra), "first").id
             config["init_from"]["path"] = FIRST + start
         given = frozenset(schema.flat(raw))
         return Cell(experiment.config_hash(config), variant, seed, extra, purpose, config, given, start)
@@ -133,7 +133,7 @@ class Store:
         for cell in cells:
             if cell.start:
                 path = self.study.config(cell.variant)["init_from"]["path"]
-                found[cell.start] = self.cell(path, cell.seed, purpose="first")
+                found[cell.start] = self.cell(path, cell.seed, self._fold(cell.extra), "first")
         return list(found.values())
 
     def cells(self, chosen: Mapping[str, Mapping[str, Any]] | None = None) -> list[Cell]:
@@ -143,9 +143,12 @@ class Store:
           chosen: {variant: tuned overrides}.
         """
         return [
-            self.cell(variant, seed, (chosen or {}).get(variant))
-            for seed in self.study.seeds for variant in self.study.variants
+            self.cell(variant, seed, {**(chosen or {}).get(variant, {}), **fold})
+            for seed, fold in self.study.repeats for variant in self.study.variants
         ]  # fmt: skip
+
+    def _fold(self, extra: Mapping[str, Any]) -> dict[str, Any]:
+        return {leaf: extra[leaf] for leaf in self.study.folds}
 
     def folder(self, cell: Cell) -> Path:
         return self.workdir / "cells" / cell.id
@@ -308,7 +311,7 @@ class Store:
         folder = self.folder(cell)
         self._close_open_attempt(cell)
         row = self._read(cell, self.over(cell))
-        journal.write(folder / "row.json", _plain(row))
+        journal.write(folder / "row.json", rows.plain(row))
         self._record(cell, row)
         self._rows[cell.id] = row
         return row
@@ -326,7 +329,7 @@ class Store:
     def _from_folder(self, cell: Cell, claimed: bool) -> Row | None:
         folder = self.folder(cell)
         found = journal.read(folder / "row.json")
-        row = _row(found) if found is not None else None
+        row = rows.from_plain(found) if found is not None else None
         if row is not None and self._judged(row):
             self._record(cell, row)
             return row
@@ -336,7 +339,7 @@ class Store:
     def _record(self, cell: Cell, row: Row) -> None:
         wanted = self.recorded is not None and cell.purpose != "first"
         if wanted and all(line["cell"] != cell.id for line in self._recorded_lines()):
-            journal.append(self.recorded, {**_plain(row), "config": _essential(cell.config)})
+            journal.append(self.recorded, {**rows.plain(row), "config": _essential(cell.config)})
 
     def _recorded_lines(self) -> list[dict[str, Any]]:
         """Of results/studies/<study>.jsonl, read again when it has grown."""
@@ -350,7 +353,7 @@ class Store:
     def _from_record(self, cell: Cell) -> Row | None:
         for line in self._recorded_lines():
             if line["cell"] == cell.id or (line["seed"] == cell.seed and same(line["config"], cell)):
-                row = dataclasses.replace(_row(line), cell=cell.id)
+                row = dataclasses.replace(rows.from_plain(line), cell=cell.id)
                 return row if self._judged(row) else None
         return None
 
@@ -364,9 +367,9 @@ class Store:
         ran = journal.read(folder / "config.json")
         if ran is not None:
             self._check(cell, ran)
-        rows = metrics.read(folder)
+        written = metrics.read(folder)
         terms = self.study.terms
-        values = _values(result, rows)
+        values = rows.numbers(result, written)
         if status == "done" and cell.purpose != "first":
             lacks = [term for term in terms if term not in values]
             if lacks:
@@ -374,7 +377,7 @@ class Store:
                     f"study '{self.study.name}': a run of '{cell.variant}' has no metric '{lacks[0]}'; "
                     f"it has {', '.join(sorted(k for k in values if '/' in k))}"
                 )
-            values[self.study.metric] = _difference([values[term] for term in terms])
+            values[self.study.metric] = rows.difference([values[term] for term in terms])
             status = "done" if math.isfinite(values[self.study.metric]) else "diverged"
         examples = result.get("examples", {})
         ends = [line for line in self.attempts(cell) if "end" in line]
@@ -385,8 +388,8 @@ class Store:
             data_fingerprint=examples.get("train", ""),
             eval_fingerprint=" ".join(examples.get(name, "") for name in seen),
             overrides=self.overrides(cell), status=status, wall_s=round(sum(line["wall_s"] for line in ends), 3),
-            cpu_s=round(sum(line["cpu_s"] for line in ends), 3), command=self.command(cell),
-            commit=starts[-1]["commit"] if starts else "unknown", curve=_curve(terms, rows), purpose=cell.purpose,
+            cpu_s=round(sum(line["cpu_s"] for line in ends), 3), command=self.command(cell), purpose=cell.purpose,
+            commit=starts[-1]["commit"] if starts else "unknown", curve=rows.curve(terms, written),
         )  # fmt: skip
 
     def _check(self, cell: Cell, ran: Mapping[str, Any]) -> None:
@@ -406,45 +409,3 @@ def same(old: Mapping[str, Any], cell: Cell) -> bool:
     """Whether a finished run's config is that of the cell, but for leaves that did not exist then and are unset now."""
     changes = schema.difference(old, _essential(cell.config))
     return all(was == "(absent)" and leaf not in cell.given for leaf, (was, _) in changes.items())
-
-
-def _difference(values: Sequence[float]) -> float:
-    return values[0] if len(values) == 1 else values[0] - values[1]
-
-
-def _curve(terms: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
-    """(step, metric) of every evaluation that has all of it."""
-    seen: list[dict[int, float]] = []
-    for term in terms:
-        name, _, metric = term.removeprefix("best/").partition("/")
-        evals = (row for row in rows if row.get("event") == "eval" and row["name"] == name and metric in row)
-        seen.append({row["step"]: float(row[metric]) for row in evals})
-    return [(step, _difference([part[step] for part in seen])) for step in seen[0] if all(step in p for p in seen)]
-
-
-def _values(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    out: dict[str, float] = {}
-    best = result.get("best", {})
-    for prefix, sets in (("", result.get("eval", {})), ("best/", best.get("eval", {}))):
-        for name, numbers in sets.items():
-            out |= {f"{prefix}{name}/{key}": float(metrics.decode(x)) for key, x in (numbers or {}).items()}
-    trained = [row for row in rows if "event" not in row]
-    if trained:
-        numbers = {key: x for key, x in trained[-1].items() if key not in metrics.RESERVED}
-        out |= {f"train/{key}": float(x) for key, x in numbers.items() if isinstance(x, (int, float))}
-    for key in ("parameters", "step"):
-        if key in result:
-            out[key] = float(result[key])
-    if "step" in best:
-        out["best/step"] = float(best["step"])
-    return out
-
-
-def _plain(row: Row) -> dict[str, Any]:
-    return metrics.encode(dataclasses.asdict(row))
-
-
-def _row(values: Mapping[str, Any]) -> Row:
-    names = {f.name for f in dataclasses.fields(Row)}
-    found = metrics.decode({key: value for key, value in values.items() if key in names})
-    return Row(**{**found, "curve": [(int(step), float(value)) for step, value in found["curve"]]})

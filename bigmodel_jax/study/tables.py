@@ -8,7 +8,7 @@ from typing import Any
 
 from bigmodel_jax.measures.look import number
 from bigmodel_jax.study.findings import probability, signed
-from bigmodel_jax.study.page import between, changes, duration, of_seeds
+from bigmodel_jax.study.page import between, changes, duration, of_seeds, run_words, units
 
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
@@ -42,9 +42,12 @@ def about(report: Mapping[str, Any]) -> str:
     """What the columns are, in a sentence or three."""
     better = "less" if report["mode"] == "min" else "more"
     out = (
-        f"{report['metric']}, {better} is better; gains are over {report['baseline']} on common seeds, positive is "
-        f"better; p corrected by Holm over {sum(v['against'] is not None for v in report['variants'])} comparisons."
+        f"{report['metric']}, {better} is better; gains are over {report['baseline']} on common {units(report)}, "
+        f"positive is better; p corrected by Holm over {sum(v['against'] is not None for v in report['variants'])} "
+        "comparisons."
     )
+    if report["folds"]:
+        out += " Intervals and p are corrected for training rows that folds share (Nadeau and Bengio 2003)."
     if any(v["published"] is not None for v in report["variants"]):
         out += f" Published: {report['published']['metric']}, {report['published']['source']}."
     return out
@@ -69,7 +72,7 @@ def markdown(report: Mapping[str, Any], plots: Sequence[tuple[str, str]]) -> str
     heads = ("cell", "variant", "seed", "status", report["metric"], "time", "CPU", "commit")
     lines += [_line(heads), _line(["---"] * len(heads))]
     lines += [
-        _line((c["cell"], c["variant"], str(c["seed"]), c["status"], number(c["value"]), duration(c["wall_s"]),
+        _line((c["cell"], c["variant"], run_words(c), c["status"], number(c["value"]), duration(c["wall_s"]),
                duration(c["cpu_s"]), c["commit"]))
         for c in report["cells"]
     ]  # fmt: skip
