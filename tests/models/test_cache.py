@@ -1,4 +1,4 @@
-"""Decoding with an open cache equals the full forward pass: every kind of position, window, head and block."""
+"""Cached decoding equals the full forward pass for every family that generates."""
 
 from __future__ import annotations
 
@@ -9,121 +9,111 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bigmodel_jax import tree
+from bigmodel_jax.generate import decoding
 from bigmodel_jax.models import cache as caches
-from bigmodel_jax.models import decoder, encoder_decoder, laid
+from bigmodel_jax.models import laid
+from tests.decoders import FAMILIES, PAIRS, VOCAB, tiny
 
-# The reference attention compiles fastest; the others are held equal to it elsewhere.
-TINY = {"vocab_size": 37, "num_layers": 2, "embed_dim": 16, "num_heads": 4, "max_length": 32, "attention": "reference"}
-LLAMA = {"positions": "rotary", "norm": "rmsnorm", "activation": "swiglu", "num_kv_heads": 2, "bias": False,
-         "norm_bias": False, "tied_embeddings": False}  # fmt: skip
-TABLE = {
-    "gpt2": {},
-    "ring": LLAMA | {"num_layers": 1, "window": 5, "qk_norm": True, "attention_softcap": 4.0, "rope_fraction": 0.5},
-    "pattern": LLAMA | {"window": 5, "layer_pattern": "lg", "norm_placement": "sandwich", "rope_local_theta": 100.0},
-    "alibi": {"num_layers": 1, "positions": "alibi", "embed_norm": True, "window": 6, "residual": "parallel",
-              "num_kv_heads": 1},
-    "original": {"positions": "sinusoidal", "norm_placement": "post", "shared_layers": True, "final_softcap": 3.0},
-    "experts": LLAMA | {"num_layers": 1, "num_experts": 4, "experts_per_token": 2},
-}  # fmt: skip
-RELATIVE = {"positions": "none", "relative_buckets": 8, "relative_distance": 9, "norm_placement": "pre"}
-LENGTHS = np.array([3, 8, 11], np.int32)
-STEPS = 12  # beyond the window, and twice around a ring
-TOKENS = np.random.default_rng(0).integers(0, 37, (3, 24)).astype(np.int32)
-
-
-def filled(model):
-    """Random variables, biases included."""
-    rng = np.random.default_rng(1)
-
-    def fill(path, leaf):
-        return jnp.asarray(path.endswith("scale") + 0.3 * rng.normal(size=leaf.shape), leaf.dtype)
-
-    return tree.map_paths(fill, model.abstract()[0])
+LENGTHS = np.array([3, 8, 11], np.int32)  # shorter and longer than the window of 5
+STEPS = 12  # twice around a ring
+TOKENS = np.random.default_rng(0).integers(0, VOCAB, (3, 24)).astype(np.int32)
+SEGMENTS = (np.arange(7) < np.array([7, 4, 5])[:, None]).astype(np.int32)
+SOURCE = {"source": TOKENS[:, 7:14], "source_segments": SEGMENTS}
+# What int8 keys and values of width 4 to 6 a head change, as a share of the logits (root mean squares). A mixture
+# may differ by more where two experts are nearly as likely; in these rows no choice turns.
+INT8 = 0.02
+# Caches that begin with half of the room: a ring beside a layer that sees all, and beside a memory.
+GROWN = ("gemma-2-2b", "t5-small", "bart-base", "original")
 
 
 def logits(out):
     return out.head(out.hidden)
 
 
-def decoded(model, variables, off, prompt, later, *, inputs, int8=False, anew=False):
-    """Logits [B, STEPS, V] of later tokens [B, STEPS], read one by one behind prompts padded on the right.
+def read(model, ready, memory):
+    """(logits [B, V] of the last token, the cache) of prompts padded on the right."""
+    prompt = np.where(np.arange(11) < LENGTHS[:, None], TOKENS[:, :11], VOCAB - 1)
+    empty = model.cache(3, 11 if model.blocks else 11 + STEPS, jnp.float32)
+    out = model.apply(ready, train=False, tokens=prompt, cache=empty, **memory)
+    return jnp.take_along_axis(logits(out), LENGTHS[:, None, None] - 1, 1)[:, 0], out.cache
 
-    off: added to where the first of them is written.
-    """
-    empty = model.cache(len(prompt), prompt.shape[1], jnp.float32)
-    out = model.apply(variables, train=False, tokens=prompt, cache=empty, **inputs)
-    opened = caches.opened(out.cache, LENGTHS, prompt.shape[1] + STEPS, model.windows, int8)
-    opened["length"] += off
-    if anew:
-        variables = laid.lay_out(model, variables)
+
+def continued(model, ready, cache, capacities):
+    """Logits [STEPS, B, V] of later tokens, read one by one; capacities: room, one after the other."""
+    later = np.take_along_axis(TOKENS, LENGTHS[:, None] + np.arange(STEPS), 1)
 
     def step(cache, token):
-        out = model.apply(variables, train=False, tokens=token[:, None], cache=cache)
+        out = model.apply(ready, train=False, tokens=token[:, None], cache=cache)
         return out.cache, logits(out)[:, 0]
 
-    return jnp.swapaxes(jax.lax.scan(step, opened, later.T)[1], 0, 1)
+    found = []
+    for number, part in enumerate(np.split(later, len(capacities), axis=1)):
+        if number:
+            cache = caches.grown(cache, capacities[number], model.windows)
+        cache, some = jax.lax.scan(step, cache, part.T)
+        found.append(some)
+    return jnp.concatenate(found)
 
 
 @functools.cache
-def program(name, int8=False):
-    """(variables, fn(variables, off) -> (logits of one by one, of the full pass) [B, STEPS, V])."""
-    model = encoder_decoder(**TINY | RELATIVE) if name == "relative" else decoder(**TINY | TABLE[name])
-    anew = name in ("gpt2", "pattern", "original", "relative")
-    prompt = np.where(np.arange(11) < LENGTHS[:, None], TOKENS[:, :11], 36)
-    at = LENGTHS[:, None] + np.arange(STEPS)
-    segments = (np.arange(7) < np.array([7, 4, 5])[:, None]).astype(np.int32)
+def program(name):
+    """fn(off [B]) -> logits [STEPS + 1, B, V]: of the full pass, one by one, one by one from int8 (or None).
+
+    off: added to the number of tokens that the cache says it holds.
+    """
+    model, variables = tiny(name)
+    capacities = (11 + STEPS // 2, 11 + STEPS) if name in GROWN else (11 + STEPS,)
 
     @jax.jit
-    def both(variables, off):
-        given, inputs = {}, {}
-        if name == "relative":
-            given = {"source": TOKENS[:, :7], "source_segments": segments}
-            inputs = {"memory": model.encode(variables, **given), "memory_segments": segments}
+    def every(variables, off):
+        given, memory = {}, {}
+        if name in PAIRS:
+            given = SOURCE
+            memory = {"memory": model.encode(variables, **SOURCE), "memory_segments": SEGMENTS}
         full = logits(model.apply(variables, train=False, tokens=TOKENS, **given))
-        later = np.take_along_axis(TOKENS, at, 1)
-        got = decoded(model, variables, off, prompt, later, inputs=inputs, int8=int8, anew=anew)
-        return got, jnp.take_along_axis(full, at[..., None], 1)
+        ready = decoding.lay_out(model, variables)
+        first, cache = read(model, ready, memory)
 
-    return filled(model), both
+        def later(int8, capacities):
+            own = cache
+            if model.blocks:
+                own = caches.opened(cache, LENGTHS, capacities[0], model.windows, int8)
+            return continued(model, ready, own | {"length": LENGTHS + off}, capacities)
+
+        got = jnp.concatenate([first[None], later(False, capacities)])
+        want = jnp.take_along_axis(full, LENGTHS[:, None, None] + np.arange(-1, STEPS)[:, None], 1)
+        return jnp.swapaxes(want, 0, 1), got, later(True, capacities[-1:]) if model.blocks else None
+
+    return functools.partial(every, variables)
 
 
-def compared(name, off=0, **options):
-    """(largest difference to the full pass, largest logit)."""
-    variables, both = program(name, **options)
-    got, want = both(variables, jnp.int32(off))
-    return float(np.abs(got - want).max()), float(np.abs(want).max())
-
-
-@pytest.mark.parametrize("name", [*TABLE, "relative"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_one_by_one_equals_the_full_pass(name):
-    difference, largest = compared(name)
-    assert largest > 0.5
-    assert difference <= 1e-5 * max(1.0, largest)
+    """To 1e-5, of logits of order one; from int8 to a share of INT8, and not by keeping floats."""
+    want, got, small = program(name)(0 * LENGTHS)
+    assert 0.5 < np.abs(want).max() < 8.0
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+    if small is not None:
+        share = np.sqrt(np.mean(np.square(small - want[1:])) / np.mean(np.square(want)))
+        assert 3e-4 < share < INT8
+    # Control: what comes behind a cache that says it holds another number of tokens.
+    wrong = np.abs(program(name)(-LENGTHS if small is None else np.ones_like(LENGTHS))[1] - want)
+    assert wrong[1:].max() > 1e-2 and wrong[0].max() <= 1e-5
 
 
-def test_a_slot_too_far_is_seen():
-    for name in ("gpt2", "pattern"):
-        difference, largest = compared(name, off=1)
-        assert difference > 1e-2 * largest
-
-
-def test_int8_is_off_by_at_most_its_step():
-    """Components by half a step of their head's vector; logits by 3% of the largest at this width of 4 a head."""
+def test_int8_is_off_by_at_most_half_a_step():
     x = np.random.default_rng(2).normal(size=(5, 7, 64)).astype(np.float32)
     values, scale = caches.quantised(jnp.asarray(x))
     step = np.abs(x).max(-1) / 127
     assert values.dtype == jnp.int8
     np.testing.assert_allclose(scale, step, rtol=1e-6)
     assert (np.abs(values * scale[..., None] - x) <= 0.5001 * step[..., None]).all()
-    difference, largest = compared("pattern", int8=True)
-    assert 1e-4 * largest < difference < 3e-2 * largest
 
 
 def test_layers_keep_rings_of_their_window_and_can_grow():
-    model = decoder(**TINY | TABLE["pattern"])
+    model, _ = tiny("gemma-3-1b")
     cache = caches.opened(model.cache(2, 8, jnp.float32), jnp.array([8, 5]), 20, model.windows, int8=True)
-    assert [x.shape for x in cache["k"]] == [(2, 2, 5, 4), (2, 2, 20, 4)]
+    assert [x.shape for x in cache["k"]] == [(2, 2, 5, 6), (2, 2, 20, 6)]
     assert cache["k"][0].dtype == jnp.int8 and cache["v_scale"][1].shape == (2, 2, 20)
     more = caches.grown(cache, 40, model.windows)
     assert [x.shape[2] for x in more["v"]] == [5, 40] and caches.slots(more) == 40
