@@ -83,7 +83,7 @@ def predict(exp: Experiment, variables: Any, asked: Task, rows: int) -> list[str
     depends on `rows`.
     """
     tokenizer = exp.data.tokenizer
-    model = Generator(exp.model, variables, layout=exp.layout, eos=(tokenizer.eos,), pad=tokenizer.pad)
+    model = Generator(exp.model, variables, layout=exp.layout, eos=exp.data.end_tokens, pad=tokenizer.pad)
 
     def write(places: Sequence[int], length: int) -> list[str]:
         sources = None if asked.sources is None else [asked.sources[i] for i in places]

@@ -88,13 +88,15 @@ def _objective(section: dict[str, Any]) -> str:
     return _HEADS.get(head, "classification")
 
 
-def _config(section: dict[str, Any], tokenizer: bool, start: int | None, overrides: Sequence[str]) -> dict[str, Any]:
+def _config(
+    section: dict[str, Any], tokenizer: bool, start: int | None, ends: Sequence[int], overrides: Sequence[str]
+) -> dict[str, Any]:
     """The new run's resolved config. SGD keeps no slots beside the parameters: nobody trains this run on."""
     raw = {
         "steps": 1, "model": section, "objective": {"name": _objective(section)},
         "data": {
             "name": "none", "tokenizer": f"{workdirs.RUN}/{FOLDER}" if tokenizer else "",
-            "decoder_start": -1 if start is None else start,
+            "decoder_start": -1 if start is None else start, "ends": tuple(ends),
         },
         "optimizer": {"name": "sgd"}, "schedule": {"name": "constant"},
     }  # fmt: skip
@@ -114,7 +116,8 @@ def to_run(folder: str, run: str, overrides: Sequence[str] = ()) -> dict[str, An
     runtime = dict(schema.parse_override(text) for text in overrides if text.startswith("--config.runtime."))
     set_up_process(sections.Runtime(**{path.removeprefix("runtime."): value for path, value in runtime.items()}))
     start = opened.origin.config.get("decoder_start_token_id")
-    config = _config(opened.section, tokenizer is not None, start, overrides)
+    ends = published.end_tokens(folder, opened.origin.config)
+    config = _config(opened.section, tokenizer is not None, start, ends, overrides)
     if tokenizer is not None:
         (workdir / FOLDER).mkdir(exist_ok=True)
         tokenizer.save(str(workdir / FOLDER))

@@ -71,8 +71,9 @@ class Bigmodel(TemplateLM):
         self.batch_size, self.max_gen_toks, self.prefix = batch_size, max_gen_toks, prefix
         self._score = jax.jit(self._sums)
         self.generator = Generator(
-            self.exp.model, self.variables, layout=self.exp.layout, eos=(self.tokenizer.eos,), pad=self.tokenizer.pad
-        )
+            self.exp.model, self.variables, layout=self.exp.layout, eos=self.exp.data.end_tokens,
+            pad=self.tokenizer.pad,
+        )  # fmt: skip
 
     @property
     def eot_token_id(self) -> int:

@@ -31,7 +31,7 @@ def sample(exp: Experiment, variables: Any, settings: Any, key: jax.Array) -> st
         new = min(new, longest - len(prompt))
     [tokens] = generate(
         exp.model, variables, [prompt], length=new, key=key, temperature=settings.temperature,
-        top_k=settings.top_k, top_p=settings.top_p, eos=tokenizer.eos, pad=tokenizer.pad,
+        top_k=settings.top_k, top_p=settings.top_p, eos=exp.data.end_tokens, pad=tokenizer.pad,
     )  # fmt: skip
     return settings.prompt + tokenizer.decode(tokens.tolist(), continued=bool(settings.prompt))
 

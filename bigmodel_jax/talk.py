@@ -41,7 +41,7 @@ class Speaker:
         self.sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
         self.generator = Generator(
             exp.model, programs.eval_variables(state), layout=exp.layout, int8=args.int8_cache,
-            eos=(self.tokenizer.eos,), pad=self.tokenizer.pad,
+            eos=exp.data.end_tokens, pad=self.tokenizer.pad,
         )  # fmt: skip
 
     def inputs(self, texts: Sequence[str]) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def test_a_prompt_gets_the_positions_that_are_left(monkeypatch):
 
     monkeypatch.setattr(answers, "Generator", Stand)
     tokenizer = SimpleNamespace(eos=0, pad=0, decode=lambda ids, continued: "x" * len(ids))
-    exp = SimpleNamespace(data=SimpleNamespace(tokenizer=tokenizer), model=None, layout=None)
+    exp = SimpleNamespace(data=SimpleNamespace(tokenizer=tokenizer, end_tokens=(0,)), model=None, layout=None)
     sizes = [3, 7, 10, 4, 12, 2]
     task = answers.Task(np.arange(6), [[1] * n for n in sizes], None, [["x"]] * 6, [""] * 6, 6)
     for rows in (1, 2, 3, 6):

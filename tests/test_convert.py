@@ -113,6 +113,38 @@ def test_an_encoder_decoder_begins_with_the_token_of_its_config(tmp_path):
         assert exp.data.decoder_start == (-1 if start is None else start)
 
 
+def test_an_import_ends_at_every_token_that_it_names(model, tmp_path, capsys):
+    """generation_config.json before config.json, one id or several; the text is cut where the first of them comes."""
+    source, run, _ = model
+    folder = tmp_path / "gpt2"
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+
+    def ends(stated, generation=None):
+        (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": stated}))
+        (folder / "generation_config.json").unlink(missing_ok=True)
+        if generation is not None:
+            (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+        return published.end_tokens(str(folder), json.loads((folder / "config.json").read_text()))
+
+    assert ends(None) == [] and ends(7) == [7] and ends([7, 8]) == [7, 8] and ends([7, 8], 9) == [9]
+    with pytest.raises(InputError, match="generation_config.json': eos_token_id '<end>' should be an id"):
+        ends(7, "<end>")
+
+    def written(run):
+        capsys.readouterr()
+        asked = ["--prompt", "ab", "--length", "4", "--seed", "3", "--temperature", "2", "--json"]
+        cli.run(["generate", "--workdir", str(run), *asked])
+        return json.loads(capsys.readouterr().out)
+
+    whole = written(run)
+    assert offline.open_run(str(run), [])[0].data.end_tokens == (256,) and whole["reason"] == "length"
+    ends(256, [256, whole["tokens"][2]])
+    converting.convert(f"hf:{folder}", str(tmp_path / "run"))
+    found = written(tmp_path / "run")
+    assert found["reason"] == "eos" and found["tokens"] == whole["tokens"][:2]
+
+
 def test_training_starts_from_it_and_what_was_trained_is_published(model, tmp_path):
     """init_from the converted run; the trained run's export holds its parameters, and opens with its tokenizer."""
     _, run, ours = model

@@ -153,6 +153,24 @@ def test_rows_end_at_eos_or_where_the_caller_says(decoder, alone):
         assert row.reason == ("stop" if row is found[1] else "eos" if place < 9 else "length")
 
 
+def test_a_row_ends_at_whichever_of_several_tokens_comes_first(decoder):
+    """Against the same draws without an end, cut by hand. Control: with one of the two, rows go on to the other."""
+    model, variables, _ = decoder
+    how = {"length": 9, "key": KEY, "sampling": Sampling(temperature=1.5)}
+    drawn = [row.tokens for row in Generator(model, variables)(PROMPTS, **how)]
+    first = drawn[0][3]
+    second = next(token for token in drawn[1][1:] if token != first)
+
+    def ended(*ends):
+        return [row.tokens for row in Generator(model, variables, eos=ends)(PROMPTS, **how)]
+
+    def cut(*ends):
+        return [row[: min([n for n, token in enumerate(row) if token in ends], default=9)] for row in drawn]
+
+    assert ended(first, second) == cut(first, second)
+    assert cut(first, second) != cut(first) == ended(first)
+
+
 def test_one_beam_is_greedy(decoder, alone):
     model, variables, _ = decoder
     found = beam_search(Generator(model, variables), PROMPTS, length=9, beams=1)
@@ -178,33 +196,34 @@ def test_a_step_does_not_copy_the_cache(decoder, rows):
 
 def test_beams_find_the_best_of_all_sequences():
     """With a beam for every prefix the search is exact, for every length penalty."""
-    vocab, length, eos = 4, 3, 0
+    vocab, length = 4, 3
     model = MODELS["decoder"](
         vocab_size=vocab, num_layers=1, embed_dim=8, num_heads=1, max_length=8, attention="reference", init_std=1.0,
         head_bias=True,
     )  # fmt: skip
     variables = jax.jit(model.init)(jax.random.key(3))
-    variables["params"]["head"]["bias"] = jnp.zeros(vocab).at[eos].set(2.0)
+    variables["params"]["head"]["bias"] = jnp.zeros(vocab).at[0].set(2.0)
     every = np.array(list(itertools.product(range(vocab), repeat=length)), np.int32)
     tokens = np.concatenate([np.full((len(every), 1), 2, np.int32), every], 1)
     out = jax.jit(lambda t: model.apply(variables, tokens=t, train=False))(tokens)
     logp = np.asarray(jax.nn.log_softmax(out.head(out.hidden)))[:, :-1]
     logp = np.take_along_axis(logp, every[..., None], -1)[..., 0]
 
-    def best(penalty, count):
+    def best(ends, penalty, count):
         scored = {}
         for sequence, parts in zip(every.tolist(), logp, strict=True):
-            n = sequence.index(eos) + 1 if eos in sequence else length
+            n = min((n + 1 for n, token in enumerate(sequence) if token in ends), default=length)
             scored[tuple(sequence[:n])] = parts[:n].sum() / n**penalty
         return sorted(scored.items(), key=lambda item: -item[1])[:count]
 
-    ready = Generator(model, variables, eos=(eos,))
-    for penalty in (0.0, 2.0):
+    for ends, penalty in (((0,), 0.0), ((0,), 2.0), ((0, 3), 2.0)):
+        ready = Generator(model, variables, eos=ends)
         (found,) = beam_search(ready, [[2]], length=length, beams=vocab**2, length_penalty=penalty)
-        for row, (sequence, score) in zip(found, best(penalty, 8), strict=False):
-            assert (*row.tokens, *[eos] * (row.reason == "eos")) == sequence
-            assert abs(row.score - score) < 1e-4
-    assert [sequence for sequence, _ in best(0.0, 8)] != [sequence for sequence, _ in best(2.0, 8)]
+        for row, (sequence, score) in zip(found, best(ends, penalty, 8), strict=False):
+            assert tuple(row.tokens) == (sequence[:-1] if row.reason == "eos" else sequence)
+            assert (row.reason == "eos") == (sequence[-1] in ends) and abs(row.score - score) < 1e-4
+    orders = [[sequence for sequence, _ in best(*how, 8)] for how in (((0,), 0.0), ((0,), 2.0), ((0, 3), 2.0))]
+    assert orders[0] != orders[1] and orders[1] != orders[2]
 
 
 def test_a_source_may_fill_all_positions():

@@ -335,18 +335,20 @@ class TfdsImages(_Images):
 class NoData:
     """No examples: the data of a converted model, which has only a tokenizer (its path, "" for none).
 
-    decoder_start: the token that an encoder-decoder's text begins with; -1 for the tokenizer's end of text.
+    decoder_start: the token that an encoder-decoder's text begins with; ends: those that end what the model writes.
+    -1 and () for the tokenizer's end of text.
     """
 
     tokenizer: str = ""
     decoder_start: int = -1
+    ends: tuple = ()
 
     def spec(self) -> Spec:
         return {}
 
     def load(self, **_: Any) -> Loaded:
         tokenizer = load_tokenizer(self.tokenizer) if self.tokenizer else None
-        return Loaded(None, {}, tokenizer=tokenizer, decoder_start=self.decoder_start)
+        return Loaded(None, {}, tokenizer=tokenizer, decoder_start=self.decoder_start, ends=tuple(self.ends))
 
 
 DATASETS: dict[str, Any] = {

@@ -123,6 +123,12 @@ class Chat:
         answer = [learned for found, learned in pieces for _ in found]
         return np.array(ids, np.int32), np.array(answer, bool)
 
+    def ends(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+        """Tokens that end an answer: the end of text, and the special one that the template has last in an answer."""
+        said = [ids for ids, learned in self.pieces(messages) if learned][-1]
+        special = self.tokenizer.special()
+        return tuple(dict.fromkeys([self.tokenizer.eos, *[index for index in said if special[index]][-1:]]))
+
     def question(self, messages: Sequence[Mapping[str, str]], length: int) -> tuple[list[int], str, int]:
         """(ids before an answer, its text, its tokens with its end): the last answer with a token before `length`."""
         answers = iter([m["content"] for m in messages if m["role"] == "assistant"])
@@ -213,7 +219,10 @@ class Instructions(Rows):
                 about[split] = self._about(chat, table.take(kept))
             learned = {"packed_rows": len(sources[split]), "answer_tokens": int(rows["weights"].sum())}
             report["truncation"][split] = cut.report() | learned
-        return loaded(sources, seed, batch_size, eval_batch_size, tokenizer=tokenizer, report=report, about=about)
+        return loaded(
+            sources, seed, batch_size, eval_batch_size, tokenizer=tokenizer, report=report, about=about,
+            ends=chat.ends(found["train"].column("talk")[0]),
+        )  # fmt: skip
 
     def _about(self, chat: Chat, table: Table) -> dict[str, list[Any]]:
         """Columns for evaluation: the question, the answer it should have, and whose rows are not independent."""

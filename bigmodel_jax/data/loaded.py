@@ -20,7 +20,8 @@ class Loaded(NamedTuple):
     num_classes: classes, or numbers to predict in a regression.
 
     source_tokenizer, source_vocab_size: of an encoder's text where it is not the decoder's; decoder_start: the
-    token that a decoder's text begins with.
+    token that a decoder's text begins with; ends: those that end it, where that is not the tokenizer's end of text
+    alone.
     report: what a person should know of the data (class counts, duplicates, what was cut), JSON values;
       "classes" are the names of the labels.
     about: {evaluation set: {column: one value per example of its source}}, what `bigmodel eval` uses beside
@@ -43,6 +44,12 @@ class Loaded(NamedTuple):
     source_tokenizer: Any = None
     source_vocab_size: int = 0
     decoder_start: int = -1
+    ends: tuple[int, ...] = ()
+
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """Tokens that end what is written: ends, or the tokenizer's end of text where none are given."""
+        return self.ends or (self.tokenizer.eos,)
 
     @property
     def first_token(self) -> int:

@@ -201,16 +201,16 @@ def generate(
     top_p: float = 1.0,
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
-    eos: int = -1,
+    eos: Sequence[int] = (),
     pad: int = 0,
     **options: Any,
 ) -> list[np.ndarray]:
-    """Continuations of `prompts`, each at most `length` tokens, cut before `eos`: `Generator` for one call.
+    """Continuations of `prompts`, each at most `length` tokens, cut before any of `eos`: `Generator` for one call.
 
     Raises:
       InputError: the model has no cache (not a decoder), or a prompt is empty.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    generator = Generator(model, variables, eos=(eos,), pad=pad)
+    generator = Generator(model, variables, eos=eos, pad=pad)
     rows = generator(prompts, length=length, key=key, sampling=sampling, **options)
     return [np.array(row.tokens, np.int32) for row in rows]

@@ -24,7 +24,7 @@ from bigmodel_jax.hf.family import Family
 from bigmodel_jax.hf.rows import Plan, View
 from bigmodel_jax.models import MODELS, Model
 
-CONFIG = "config.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
 MAX_CONFIG = 4 << 20
 # Leaves that say how a model is computed, trained or first drawn, not which function it is.
 NOT_THE_FUNCTION = {
@@ -106,6 +106,21 @@ def family_of(config: Mapping[str, Any], where: str) -> tuple[str, Family]:
             f"known: {', '.join(sorted(FAMILIES))}"
         )
     return kind, FAMILIES[kind]
+
+
+def end_tokens(path: str, config: Mapping[str, Any]) -> list[int]:
+    """Tokens at which a published model stops writing: of generation_config.json, else of its config; [] for none.
+
+    Raises:
+      InputError: they are neither an id nor a list of ids.
+    """
+    beside = Path(path) / GENERATION
+    stated = (read_json(beside) if beside.exists() else {}).get("eos_token_id")
+    where, stated = (CONFIG, config.get("eos_token_id")) if stated is None else (GENERATION, stated)
+    ids = stated if isinstance(stated, list) else [] if stated is None else [stated]
+    if any(type(index) is not int for index in ids):
+        raise InputError(f"'{Path(path) / where}': eos_token_id {stated!r} should be an id or a list of ids")
+    return ids
 
 
 def complete(section: Mapping[str, Any]) -> dict[str, Any]:

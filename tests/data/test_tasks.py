@@ -127,6 +127,14 @@ CHATML = (
 )
 
 
+def test_an_answer_ends_at_the_token_of_its_template():
+    """The end of text, and what the template closes an answer with. Control: a template that closes it with text."""
+    closed = "{% for m in messages %}{{ bos_token }}{{ m.content }}{{ pad_token }}\n{% endfor %}"
+    assert Chat(Bytes(), closed).ends(TALK) == (Bytes().eos, Bytes().pad)
+    for template in (PLAIN, CHATML, "{% for m in messages %}{{ m.content }}.{% endfor %}"):
+        assert Chat(Bytes(), template).ends(TALK) == (Bytes().eos,)
+
+
 @pytest.mark.parametrize("template", ["", CHATML])
 def test_only_answers_are_learned(template):
     chat = Chat(Bytes(), template)
