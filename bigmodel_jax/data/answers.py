@@ -66,7 +66,12 @@ class Spans(Rows):
         return fields | {"start": ((), "int32"), "end": ((), "int32"), "weights": ((), "float32")}
 
     def load(self, *, seed: int, batch_size: int | tuple, eval_batch_size: int, progress: Progress = None) -> Loaded:
-        found, report = self.cut(self.read(), "", "")
+        found = {}
+        for name, table in self.read().items():
+            asked = zip(table.texts(self.question), table.texts(self.context), strict=True)
+            texts = {"text of question": ["\n".join(each) for each in asked]}
+            found[name] = Table(table.columns | texts, table.lines, table.names)
+        found, report = self.cut(found, "text of question", "")
         tokenizer = open_tokenizer(self.tokenizer, found["train"].texts(self.context), self.vocab_size)
         sources, about, report["windows"] = {}, {}, {}
         for split, table in found.items():

@@ -24,7 +24,7 @@ from bigmodel_jax.data.pairs import Cmudict, Pairs
 from bigmodel_jax.data.pipeline import Pipeline
 from bigmodel_jax.data.prepare import prepare
 from bigmodel_jax.data.sources import Arrays
-from bigmodel_jax.data.splits import shuffled
+from bigmodel_jax.data.splits import say_duplicates, shuffled
 from bigmodel_jax.data.storage import cache_root
 from bigmodel_jax.data.tagged import LabelledTokens
 from bigmodel_jax.data.text import Documents, MaskTokens, TargetBytes
@@ -265,11 +265,15 @@ class _Images:
         )  # fmt: skip
         plain = (*fit_eval, images.Scale(), *colour, Weigh())
         height, width, channels = self.shape()
+        found = images.duplicates({"train": train, "validation": held_out})
+        if found:
+            say_duplicates(found, "none dropped")
         return Loaded(
             Pipeline(train, ramp(batch_size), seed, augment),
             {"validation": Pipeline(held_out, eval_batch_size, seed, plain, shuffle=False)},
             num_classes=classes, in_channels=channels, prefers_tfdata=isinstance(train, Tfds),
             image_size=height if height == width else 0, num_features=height * width * channels,
+            report={"duplicates": found} if found else {},
         )  # fmt: skip
 
 

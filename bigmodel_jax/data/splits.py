@@ -5,6 +5,7 @@ A row's fold depends on the seed, the labels and the groups, never on hash order
 
 from __future__ import annotations
 
+import logging
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ import numpy as np
 from bigmodel_jax.data.order import RowRng
 from bigmodel_jax.errors import InputError
 
+log = logging.getLogger(__name__)
 DROP = ("none", "exact", "normalised")
 _NOT_WORD = re.compile(r"[\W_]+")
 
@@ -118,6 +120,17 @@ def duplicates(
                 seen.setdefault(key, set()).add(label)
         out["conflicting"] = sum(len(each) > 1 for each in seen.values())
     return out
+
+
+def say_duplicates(report: Mapping[str, Any], done: str) -> None:
+    """One line on the screen for a report of `duplicates` that found some. done: what became of them."""
+    rows = sum(report["normalised"].values())
+    across = sum(pair["normalised"] for pair in report["between"].values())
+    if rows or across:
+        log.info(
+            "duplicates: %d rows repeat another of their file (%d exactly), %d are in two files, %d texts have "
+            "several labels; %s", rows, sum(report["exact"].values()), across, report.get("conflicting", 0), done,
+        )  # fmt: skip
 
 
 def without_duplicates(texts: Sequence[str], how: str, keep_out_of: Sequence[str] = ()) -> np.ndarray:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from bigmodel_jax.data import tables
 from bigmodel_jax.data.pipeline import Pipeline
 from bigmodel_jax.data.tfds import Tfds, tensorflow, tfds_documents
 from bigmodel_jax.errors import InputError
@@ -56,6 +57,18 @@ def test_text_comes_as_documents(mocked):
     assert [t.decode() for t in source.gather(np.array([3, 11]))["text"]] == [documents[3], documents[11]]
     with pytest.raises(InputError, match="is not text"):
         list(tfds_documents("imdb_reviews", "train", field="label"))
+
+
+def test_a_table_of_tfds_has_its_columns_of_one_value_per_row(mocked):
+    table = tables.read("tfds:imdb_reviews:train")
+    assert table.columns.keys() == {"text", "label"} and len(table) == 20
+    assert table.texts("text") == list(tfds_documents("imdb_reviews", "train"))
+    labels = Tfds("imdb_reviews", "train", {"label": "label"}).gather(np.arange(20))["label"]
+    assert tables.label_ids(table, "label", ["0", "1"]).tolist() == labels.tolist()
+    assert table.where(4) == "tfds:imdb_reviews:train line 5"
+    assert tables.read("tfds:mnist:train").columns.keys() == {"label"}  # images are no column
+    with pytest.raises(InputError, match="tfds:NAME:SPLIT"):
+        tables.read("tfds:imdb_reviews")
 
 
 def test_wrong_names_get_one_line(mocked):
