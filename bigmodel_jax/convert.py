@@ -12,7 +12,7 @@ host's memory passes through it leaf by leaf.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from bigmodel_jax.data.spans import Sentinels
 from bigmodel_jax.data.tokenizer import of_model
 from bigmodel_jax.errors import InputError
 from bigmodel_jax.hf import published
+from bigmodel_jax.hf.family import class_names
 from bigmodel_jax.hf.published import Origin, Published
 from bigmodel_jax.hf.tokenizer_json import tokenizer_json
 from bigmodel_jax.learn import state as states
@@ -89,14 +90,16 @@ def _objective(section: dict[str, Any]) -> str:
 
 
 def _config(
-    section: dict[str, Any], tokenizer: bool, start: int | None, ends: Sequence[int], overrides: Sequence[str]
+    section: dict[str, Any], tokenizer: bool, origin: Mapping[str, Any], ends: Sequence[int], overrides: Sequence[str]
 ) -> dict[str, Any]:
     """The new run's resolved config. SGD keeps no slots beside the parameters: nobody trains this run on."""
+    start = origin.get("decoder_start_token_id")
+    names = class_names(origin) if section.get("head", "classes") in ("classes", "tokens") else ()
     raw = {
         "steps": 1, "model": section, "objective": {"name": _objective(section)},
         "data": {
             "name": "none", "tokenizer": f"{workdirs.RUN}/{FOLDER}" if tokenizer else "",
-            "decoder_start": -1 if start is None else start, "ends": tuple(ends),
+            "decoder_start": -1 if start is None else start, "ends": tuple(ends), "classes": names,
         },
         "optimizer": {"name": "sgd"}, "schedule": {"name": "constant"},
     }  # fmt: skip
@@ -115,9 +118,8 @@ def to_run(folder: str, run: str, overrides: Sequence[str] = ()) -> dict[str, An
         raise InputError(f"'{run}' already holds a run; give another directory")
     runtime = dict(schema.parse_override(text) for text in overrides if text.startswith("--config.runtime."))
     set_up_process(sections.Runtime(**{path.removeprefix("runtime."): value for path, value in runtime.items()}))
-    start = opened.origin.config.get("decoder_start_token_id")
     ends = published.end_tokens(folder, opened.origin.config)
-    config = _config(opened.section, tokenizer is not None, start, ends, overrides)
+    config = _config(opened.section, tokenizer is not None, opened.origin.config, ends, overrides)
     if tokenizer is not None:
         (workdir / FOLDER).mkdir(exist_ok=True)
         tokenizer.save(str(workdir / FOLDER))
@@ -186,7 +188,7 @@ def to_folder(
     section = published.complete(exp.config["model"])
     kind, files = published.write_folder(
         folder, section, {path: _Host(leaf) for path, leaf in arrays.items()}, origin, family=family, dtype=dtype,
-        shard_bytes=shard_bytes, extra=_ids(exp.data.tokenizer),
+        shard_bytes=shard_bytes, extra=_ids(exp.data.tokenizer), classes=exp.data.report.get("classes", ()),
     )  # fmt: skip
     if exp.data.tokenizer is not None:
         _save_tokenizer(exp.data.tokenizer, place)

@@ -11,6 +11,7 @@ from bigmodel_jax import experiment as experiments
 from bigmodel_jax import record, schema, sections
 from bigmodel_jax import workdir as workdirs
 from bigmodel_jax.checkpoint import Checkpointer
+from bigmodel_jax.data.datasets import DATASETS
 from bigmodel_jax.data.prepare import prepare
 from bigmodel_jax.errors import InputError
 from bigmodel_jax.experiment import Experiment
@@ -56,11 +57,16 @@ def open_run(path: str, overrides: Sequence[str], step: Step = None) -> tuple[Ex
 
 
 def _renamed(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Without the leaves of sections that an override gives another name, such as another data set."""
+    """Without the leaves of sections that an override gives another name, such as another data set.
+
+    The classes stay where the other data set takes them: their order is that of the model's outputs, not of its rows.
+    """
     for path, name in map(schema.parse_override, overrides):
         section, _, leaf = path.partition(".")
         if leaf == "name" and config.get(section, {}).get("name") != name:
-            config = config | {section: {}}
+            classes = config[section].get("classes") if section == "data" else ()
+            kept = {"classes": classes} if classes and hasattr(DATASETS.get(name), "classes") else {}
+            config = config | {section: kept}
     return config
 
 

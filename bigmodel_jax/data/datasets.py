@@ -233,8 +233,8 @@ class _Images:
         """Height, width and channels of a training image."""
         raise TypeError("a data set of images says how large they are")
 
-    def sources(self) -> tuple[Any, Any, int]:
-        """(training source, held-out source, number of classes)."""
+    def sources(self) -> tuple[Any, Any, list[str]]:
+        """(training source, held-out source, names of the classes)."""
         raise TypeError("a data set of images says where they are")
 
     def fit(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -271,9 +271,9 @@ class _Images:
         return Loaded(
             Pipeline(train, ramp(batch_size), seed, augment),
             {"validation": Pipeline(held_out, eval_batch_size, seed, plain, shuffle=False)},
-            num_classes=classes, in_channels=channels, prefers_tfdata=isinstance(train, Tfds),
+            num_classes=len(classes), in_channels=channels, prefers_tfdata=isinstance(train, Tfds),
             image_size=height if height == width else 0, num_features=height * width * channels,
-            report={"duplicates": found} if found else {},
+            report={"classes": classes} | ({"duplicates": found} if found else {}),
         )  # fmt: skip
 
 
@@ -284,8 +284,8 @@ class Digits(_Images):
     def shape(self) -> tuple[int, int, int]:
         return 8, 8, 1
 
-    def sources(self) -> tuple[Any, Any, int]:
-        return images.digits("train"), images.digits("test"), 10
+    def sources(self) -> tuple[Any, Any, list[str]]:
+        return images.digits("train"), images.digits("test"), list("0123456789")
 
 
 @dataclass(frozen=True)
@@ -300,8 +300,8 @@ class Mnist5k(_Images):
     def shape(self) -> tuple[int, int, int]:
         return 28, 28, 1
 
-    def sources(self) -> tuple[Any, Any, int]:
-        return images.mnist5k("train", self.path), images.mnist5k("test", self.path), 10
+    def sources(self) -> tuple[Any, Any, list[str]]:
+        return images.mnist5k("train", self.path), images.mnist5k("test", self.path), list("0123456789")
 
 
 @dataclass(frozen=True)
@@ -323,7 +323,7 @@ class TfdsImages(_Images):
     def shape(self) -> tuple[int, int, int]:
         return self.size, self.size, self.channels
 
-    def sources(self) -> tuple[Any, Any, int]:
+    def sources(self) -> tuple[Any, Any, list[str]]:
         stored = (self.stored, self.stored) if self.stored else None
         fields = {"image": "image", "label": "label"}
         train, test = (Tfds(self.dataset, split, fields, stored) for split in (self.train, self.test))
@@ -340,19 +340,24 @@ class NoData:
     """No examples: the data of a converted model, which has only a tokenizer (its path, "" for none).
 
     decoder_start: the token that an encoder-decoder's text begins with; ends: those that end what the model writes.
-    -1 and () for the tokenizer's end of text.
+    -1 and () for the tokenizer's end of text. classes: names of what a classifier tells apart, in the order of its
+    outputs; () where they are only numbered.
     """
 
     tokenizer: str = ""
     decoder_start: int = -1
     ends: tuple = ()
+    classes: tuple = ()
 
     def spec(self) -> Spec:
         return {}
 
     def load(self, **_: Any) -> Loaded:
         tokenizer = load_tokenizer(self.tokenizer) if self.tokenizer else None
-        return Loaded(None, {}, tokenizer=tokenizer, decoder_start=self.decoder_start, ends=tuple(self.ends))
+        report = {"classes": list(self.classes)} if self.classes else {}
+        return Loaded(
+            None, {}, tokenizer=tokenizer, decoder_start=self.decoder_start, ends=tuple(self.ends), report=report
+        )
 
 
 DATASETS: dict[str, Any] = {

@@ -112,9 +112,9 @@ class Tfds:
         parts = [self.info.full_name, self.split, len(self), sorted(self.fields.items()), self.size]
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
-    def classes(self, feature: str = "label") -> int:
-        """Number of classes of a label feature."""
-        return int(self.info.features[feature].num_classes)
+    def classes(self, feature: str = "label") -> list[str]:
+        """Names of the classes of a label feature, numbers where it has none."""
+        return list(self.info.features[feature].names)
 
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:

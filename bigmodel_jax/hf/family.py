@@ -139,9 +139,7 @@ def head(config: Config, default: str, legal: Sequence[str] = ("lm", "classes", 
         found = ends[0]
     if found not in ("classes", "tokens"):
         return {"head": found}
-    labels = config.get("id2label")
-    classes = len(labels) if isinstance(labels, Mapping) else integer(config, "num_labels", 2)
-    return {"head": found, "num_classes": classes}
+    return {"head": found, "num_classes": num_classes(config)}
 
 
 def architecture(section: Config, family: str, lm: str = "ForCausalLM") -> dict[str, Any]:
@@ -149,10 +147,33 @@ def architecture(section: Config, family: str, lm: str = "ForCausalLM") -> dict[
     ends = {"lm": lm} | {kind: end for end, kind in ARCHITECTURES.items() if kind != "lm"}
     out: dict[str, Any] = {"architectures": [family + ends[section["head"]]]}
     if section["head"] in ("classes", "tokens"):
-        labels = [f"LABEL_{i}" for i in range(section["num_classes"])]
-        out["id2label"] = {str(i): label for i, label in enumerate(labels)}
-        out["label2id"] = {label: i for i, label in enumerate(labels)}
+        out |= labels(numbered(section["num_classes"]))
     return out
+
+
+def num_classes(config: Config) -> int:
+    """How many classes a foreign config has: a label for each, or their number."""
+    found = config.get("id2label")
+    return len(found) if isinstance(found, Mapping) and found else integer(config, "num_labels", 2)
+
+
+def numbered(classes: int) -> list[str]:
+    """What classes without names are called."""
+    return [f"LABEL_{i}" for i in range(classes)]
+
+
+def labels(names: Sequence[str]) -> dict[str, Any]:
+    """config.json's two tables of the names of classes."""
+    return {"id2label": {str(i): x for i, x in enumerate(names)}, "label2id": {x: i for i, x in enumerate(names)}}
+
+
+def class_names(config: Config) -> tuple[str, ...]:
+    """Names of a foreign config's classes in their order; () where they are only numbered, or not one name for each."""
+    found = config.get("id2label")
+    if not isinstance(found, Mapping):
+        return ()
+    names = [str(found.get(str(i)) or "") for i in range(len(found))]
+    return tuple(names) if all(names) and len(set(names)) == len(names) and names != numbered(len(names)) else ()
 
 
 def kv_heads(section: Config) -> int:

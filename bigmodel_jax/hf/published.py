@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from bigmodel_jax import schema, tree
 from bigmodel_jax.errors import InputError, nearest
 from bigmodel_jax.hf import FAMILIES, encdec, vision
 from bigmodel_jax.hf import safetensors as st
-from bigmodel_jax.hf.family import Family
+from bigmodel_jax.hf.family import Family, class_names, labels
 from bigmodel_jax.hf.rows import Plan, View
 from bigmodel_jax.models import MODELS, Model
 
@@ -231,21 +231,23 @@ def express(section: Mapping[str, Any], only: str = "") -> tuple[str, dict[str, 
     if only and only not in FAMILIES:
         raise InputError(f"family '{only}' is not known{nearest(only, FAMILIES)}; known: {', '.join(sorted(FAMILIES))}")
     wanted = _canonical(section)
-    best: tuple[int, str] = (10**6, "no family has this kind of model")
+    best: tuple[int, str] = (10**6, ": no family has this kind of model")
     for kind in [only] if only else FAMILIES:
         try:
             config = {"model_type": kind, **FAMILIES[kind].foreign(section)}
             back = _canonical(complete(FAMILIES[kind].config(config) | {"dtype": section["dtype"]}))
         except (InputError, KeyError) as error:
-            what = f"'{kind}' cannot say it: {error}"
+            what = f": '{kind}' cannot say it: {error}"
             best = min(best, (1000, what)) if isinstance(error, InputError) else best
             continue
         different = [k for k in wanted.keys() | back.keys() if wanted.get(k) != back.get(k)]
         if not different:
             return kind, config
-        said = ", ".join(f"{k} {wanted.get(k)!r} ({back.get(k)!r} there)" for k in sorted(different)[:6])
-        best = min(best, (len(different), f"the nearest family, '{kind}', differs in {said}"))
-    raise InputError(f"this model has no published form: {best[1]}")
+        said = ", ".join(f"model.{k}={back.get(k)!r} (here {wanted.get(k)!r})" for k in sorted(different)[:6])
+        more = f" and {len(different) - 6} more" if len(different) > 6 else ""
+        far = len(different) + 100 * ("name" in different)  # another kind of model is no near one
+        best = min(best, (far, f"; the nearest that has one, a '{kind}', has {said}{more}"))
+    raise InputError(f"this model has no published form{best[1]}")
 
 
 def _canonical(section: Mapping[str, Any]) -> dict[str, Any]:
@@ -278,6 +280,7 @@ def write_folder(
     dtype: str = "",
     shard_bytes: int = st.SHARD_BYTES,
     extra: Mapping[str, Any] | None = None,
+    classes: Sequence[str] = (),
 ) -> tuple[str, list[str]]:
     """Write config.json and weights; returns (model_type, names of the files).
 
@@ -288,6 +291,7 @@ def write_folder(
       family: the model_type to write, default the origin's, else the first that fits.
       dtype: of the stored tensors, default that of the parameters.
       extra: keys for config.json where the origin's has none, such as the tokenizer's eos_token_id.
+      classes: names of a classifier's outputs, in their order; not used where there is not one for each.
 
     Raises:
       InputError: the model has no published form.
@@ -317,6 +321,8 @@ def write_folder(
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     whole = dict(extra or {}) | _config(config, origin) | {"torch_dtype": main.name}
+    if "id2label" in config and len(classes) == section["num_classes"] and class_names(whole) != tuple(classes):
+        whole |= labels(classes)
     files = st.write_folder(folder, shapes, tensor, shard_bytes)
     (folder / CONFIG).write_text(json.dumps(whole, indent=2, sort_keys=True) + "\n")
     return kind, [CONFIG, *files]

@@ -26,14 +26,7 @@ def _classes(c: Config, names: str, legal: dict[str, str]) -> dict[str, Any]:
         raise InputError(f"config.json: architecture {names + found!r} is not supported; known: {known}")
     if legal[found] == "none":
         return {"head": "none"}
-    labels = c.get("id2label")
-    classes = len(labels) if isinstance(labels, dict) and labels else f.integer(c, "num_labels", 2)
-    return {"head": "classes", "num_classes": classes}
-
-
-def _labels(s: Config) -> dict[str, Any]:
-    labels = [f"LABEL_{i}" for i in range(s["num_classes"])]
-    return {"id2label": {str(i): x for i, x in enumerate(labels)}, "label2id": {x: i for i, x in enumerate(labels)}}
+    return {"head": "classes", "num_classes": f.num_classes(c)}
 
 
 # ResNet (He et al. 2015). Its "downsample_in_bottleneck" is v1 proper, without it v1.5.
@@ -85,7 +78,7 @@ def _resnet_foreign(s: Config) -> dict[str, Any]:
     if min(m["blocks"]) < 1:
         raise InputError(f"blocks {m['blocks']}: a published ResNet has at least one block in every stage")
     wide = 4 if m["block"] == "bottleneck" else 1
-    return _labels(s) | {
+    return f.labels(f.numbered(s["num_classes"])) | {
         "architectures": ["ResNetForImageClassification"], "num_channels": s["in_channels"],
         "embedding_size": m["channels"], "layer_type": m["block"], "hidden_act": "relu", "depths": list(m["blocks"]),
         "hidden_sizes": [m["channels"] * wide * 2**n for n in range(len(m["blocks"]))],
@@ -153,7 +146,8 @@ def _vit_fit(s: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
 
 def _vit_foreign(s: Config) -> dict[str, Any]:
     end = {"classes": "ForImageClassification", "none": "Model"}[s["head"]]
-    return (_labels(s) if s["head"] == "classes" else {}) | {
+    named = f.labels(f.numbered(s["num_classes"])) if s["head"] == "classes" else {}
+    return named | {
         "architectures": [f"ViT{end}"], "num_channels": s["in_channels"], "image_size": s["image_size"],
         "patch_size": s["patch_size"], "num_hidden_layers": s["num_layers"], "hidden_size": s["embed_dim"],
         "num_attention_heads": s["num_heads"], "intermediate_size": f.mlp_dim(s), "layer_norm_eps": s["norm_eps"],

@@ -23,12 +23,13 @@ def mocked():
     mocking._getitems = original
 
 
-@pytest.mark.parametrize("name, shape", [("mnist", (28, 28, 1)), ("cifar10", (32, 32, 3))])
-def test_images_by_number(mocked, name, shape):
+@pytest.mark.parametrize("name, shape, third", [("mnist", (28, 28, 1), "2"), ("cifar10", (32, 32, 3), "bird")])
+def test_images_by_number(mocked, name, shape, third):
     source = Tfds(name, "train", {"image": "image", "label": "label"})
     batch = source.gather(np.array([7, 0, 7, 19]))
     assert batch["image"].shape == (4, *shape) and batch["image"].dtype == np.uint8
-    assert batch["label"].dtype == np.int32 and source.classes() == 10 and len(source) == 20
+    assert batch["label"].dtype == np.int32 and len(source.classes()) == 10 and len(source) == 20
+    assert source.classes()[2] == third
     alone = source.gather(np.array([19]))
     assert np.array_equal(alone["image"][0], batch["image"][3]) and alone["label"][0] == batch["label"][3]
     assert np.array_equal(batch["image"][0], batch["image"][2])

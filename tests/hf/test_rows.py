@@ -279,7 +279,7 @@ def test_configs_that_are_refused(name, bert, tmp_path):
 
 
 def test_a_model_without_a_published_form_is_told_the_nearest():
-    with pytest.raises(InputError, match="nearest family, 'llama', differs in .*qk_norm True"):
+    with pytest.raises(InputError, match="nearest .* a 'llama', has .*model.qk_norm=False .here True."):
         published.express(tiny("llama") | {"qk_norm": True, "attention_softcap": 3.0}, "llama")
     assert set(FAMILIES) >= {"gpt2", "llama", "bert"}
 
