@@ -179,8 +179,14 @@ def to_folder(
     origin = None
     if (workdir / ORIGIN).exists():
         origin = Origin(**json.loads((workdir / ORIGIN).read_text()))
-    if isinstance(exp.data.tokenizer, (Symbols, Sentinels)):
-        kind = type(exp.data.tokenizer).__name__.lower()
+    reader, writer = exp.data.source_tokenizer, exp.data.tokenizer
+    if reader is not None and reader.fingerprint != writer.fingerprint:
+        raise InputError(
+            f"'{run}' reads with another tokenizer than it writes with, and a published model has one for both; "
+            "train with data.target_tokenizer='' to publish it"
+        )
+    if isinstance(writer, (Symbols, Sentinels)):
+        kind = type(writer).__name__.lower()
         raise InputError(f"the tokenizer of '{run}' is one of {kind}, which has no published form")
     variables = programs.eval_variables(state)
     arrays = tree.flatten(variables["params"])
@@ -190,8 +196,8 @@ def to_folder(
         folder, section, {path: _Host(leaf) for path, leaf in arrays.items()}, origin, family=family, dtype=dtype,
         shard_bytes=shard_bytes, extra=_ids(exp.data.tokenizer), classes=exp.data.report.get("classes", ()),
     )  # fmt: skip
-    if exp.data.tokenizer is not None:
-        _save_tokenizer(exp.data.tokenizer, place)
+    if writer is not None:
+        _save_tokenizer(writer, place)
     return {
         "model_type": kind, "folder": folder, "step": step, "parameters": tree.count(variables["params"]),
         "files": sorted(path.name for path in place.iterdir()), "weights": files,

@@ -20,6 +20,7 @@ from bigmodel_jax.hf import FAMILIES, published
 from bigmodel_jax.hf import safetensors as st
 from bigmodel_jax.hf.family import class_names, labels, numbered
 from bigmodel_jax.hf.tokenizer_json import tokenizer_json
+from bigmodel_jax.programs import Programs
 from bigmodel_jax.train import train
 from tests import tiny
 
@@ -98,10 +99,7 @@ def test_there_and_back_is_bitwise(model, tmp_path):
 
 def test_an_encoder_decoder_begins_with_the_token_of_its_config(tmp_path):
     """T5's answers begin with its padding, not with the end of text that a decoder of ours would begin with."""
-    foreign = {
-        "model_type": "t5", "vocab_size": 272, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2,
-        "decoder_start_token_id": 7, "relative_attention_num_buckets": 8,
-    }  # fmt: skip
+    foreign = T5 | {"decoder_start_token_id": 7}
     section = published.complete(FAMILIES["t5"].config(foreign))
     shapes = published.shapes_of(published.build(section))
     leaves = {path: np.full(leaf.shape, 0.1, leaf.dtype) for path, leaf in shapes.items()}
@@ -235,6 +233,36 @@ def test_what_stands_in_the_way_of_a_published_form_is_named():
     assert class_names(names) == ("a", "b") and class_names(labels(numbered(2))) == ()
     for other in (None, ["a", "b"], {"0": "a", "2": "b"}, {"0": "a", "1": "a"}, {"0": "a", "1": None}):
         assert class_names({"id2label": other}) == ()
+
+
+T5 = {
+    "model_type": "t5", "vocab_size": 272, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2,
+    "relative_attention_num_buckets": 8,
+}  # fmt: skip
+
+
+def paired(folder, monkeypatch, section, **data):
+    """The directory of a run on pairs of texts with initial parameters: what `convert` opens there."""
+    (folder / "pairs.tsv").write_text("source\ttarget\n" + "".join(f"ab{i}\txy{i}\n" for i in range(9)))
+    (folder / "run").mkdir()
+    (folder / "run/config.json").write_text("{}")
+    raw = {
+        "steps": 1, "batch_size": 4, "model": section, "objective": {"name": "seq2seq"},
+        "optimizer": {"name": "sgd"}, "schedule": {"name": "constant"},
+        "data": {"name": "pairs", "files": str(folder / "pairs.tsv"), "source_tokenizer": "bytes", **data},
+    }  # fmt: skip
+    exp = experiment.build(experiment.resolve(raw), devices=jax.devices()[:1])
+    programs = Programs(exp)
+    state = programs.init(jax.random.key(0))
+    monkeypatch.setattr(offline, "open_run", lambda *_: (exp, programs, state, 0))
+    return str(folder / "run")
+
+
+def test_a_run_with_two_tokenizers_is_not_published_with_one(tmp_path, monkeypatch):
+    run = paired(tmp_path, monkeypatch, FAMILIES["t5"].config(T5), target_tokenizer="characters")
+    with pytest.raises(InputError, match="one for both; train with data.target_tokenizer=''"):
+        converting.convert(run, f"hf:{tmp_path / 'out'}")
+    assert not (tmp_path / "out").exists()
 
 
 def test_parameters_are_laid_over_the_mesh(model, tmp_path):

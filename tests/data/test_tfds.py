@@ -23,13 +23,12 @@ def mocked():
     mocking._getitems = original
 
 
-@pytest.mark.parametrize("name, shape, third", [("mnist", (28, 28, 1), "2"), ("cifar10", (32, 32, 3), "bird")])
-def test_images_by_number(mocked, name, shape, third):
+@pytest.mark.parametrize("name, shape", [("mnist", (28, 28, 1)), ("cifar10", (32, 32, 3))])
+def test_images_by_number(mocked, name, shape):
     source = Tfds(name, "train", {"image": "image", "label": "label"})
     batch = source.gather(np.array([7, 0, 7, 19]))
     assert batch["image"].shape == (4, *shape) and batch["image"].dtype == np.uint8
     assert batch["label"].dtype == np.int32 and len(source.classes()) == 10 and len(source) == 20
-    assert source.classes()[2] == third
     alone = source.gather(np.array([19]))
     assert np.array_equal(alone["image"][0], batch["image"][3]) and alone["label"][0] == batch["label"][3]
     assert np.array_equal(batch["image"][0], batch["image"][2])
@@ -55,6 +54,7 @@ def test_text_comes_as_documents(mocked):
     documents = list(tfds_documents("imdb_reviews", "train"))
     assert len(documents) == 20 and all(isinstance(d, str) and d for d in documents)
     source = Tfds("imdb_reviews", "train", {"text": "text", "label": "label"})
+    assert source.classes() == ["neg", "pos"]
     assert [t.decode() for t in source.gather(np.array([3, 11]))["text"]] == [documents[3], documents[11]]
     with pytest.raises(InputError, match="is not text"):
         list(tfds_documents("imdb_reviews", "train", field="label"))
