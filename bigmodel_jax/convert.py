@@ -29,6 +29,7 @@ from bigmodel_jax.data.published import FOLDER
 from bigmodel_jax.data.spans import Sentinels
 from bigmodel_jax.data.tokenizer import of_model
 from bigmodel_jax.errors import InputError
+from bigmodel_jax.experiment import Experiment
 from bigmodel_jax.hf import published
 from bigmodel_jax.hf.family import class_names
 from bigmodel_jax.hf.published import Origin, Published
@@ -194,7 +195,7 @@ def to_folder(
     section = published.complete(exp.config["model"])
     kind, files = published.write_folder(
         folder, section, {path: _Host(leaf) for path, leaf in arrays.items()}, origin, family=family, dtype=dtype,
-        shard_bytes=shard_bytes, extra=_ids(exp.data.tokenizer), classes=exp.data.report.get("classes", ()),
+        shard_bytes=shard_bytes, extra=_ids(exp), classes=exp.data.report.get("classes", ()),
     )  # fmt: skip
     if writer is not None:
         _save_tokenizer(writer, place)
@@ -204,10 +205,16 @@ def to_folder(
     }  # fmt: skip
 
 
-def _ids(tokenizer: Tokenizer | None) -> dict[str, int]:
-    """What config.json says of the tokenizer's ids."""
-    roles = {f"{role}_token_id": getattr(tokenizer, role, None) for role in ("bos", "eos", "pad")}
-    return {name: index for name, index in roles.items() if index is not None}
+def _ids(exp: Experiment) -> dict[str, int | None]:
+    """What config.json says of the tokenizer's ids; without it a reader takes its family's usual ones."""
+    if exp.data.tokenizer is None:
+        return {}
+    roles = {f"{role}_token_id": getattr(exp.data.tokenizer, role) for role in ("bos", "eos", "pad")}
+    ids: dict[str, int | None] = {name: index for name, index in roles.items() if index is not None}
+    if exp.model.encode is None:
+        return ids
+    # BART's usual last token of an answer that was cut off is 2, whatever the tokenizer.
+    return ids | {"decoder_start_token_id": exp.data.first_token, "forced_eos_token_id": None}
 
 
 class _Host:

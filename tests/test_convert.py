@@ -265,6 +265,32 @@ def test_a_run_with_two_tokenizers_is_not_published_with_one(tmp_path, monkeypat
     assert not (tmp_path / "out").exists()
 
 
+BART = {
+    "model_type": "bart", "vocab_size": 272, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1,
+    "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("foreign", [T5, BART], ids=["t5", "bart"])
+def test_a_published_pair_has_the_ids_of_its_tokenizer(tmp_path, monkeypatch, foreign):
+    """Bytes end with 256 and are padded with 257, answers begin with 5; not the usual 1, 0, 0 of T5."""
+    run = paired(tmp_path, monkeypatch, FAMILIES[foreign["model_type"]].config(foreign), start=5)
+    converting.convert(run, f"hf:{tmp_path / 'out'}")
+    said = json.loads((tmp_path / "out/config.json").read_text())
+    ids = {name: value for name, value in said.items() if name.endswith("_token_id")}
+    assert said["model_type"] == foreign["model_type"] and ids == {
+        "eos_token_id": 256, "pad_token_id": 257, "decoder_start_token_id": 5, "forced_eos_token_id": None,
+    }  # fmt: skip
+    assert load_tokenizer(str(tmp_path / "out")).eos == 256
+    converting.convert(f"hf:{tmp_path / 'out'}", str(tmp_path / "back"))
+    data = json.loads((tmp_path / "back/config.json").read_text())["data"]
+    assert data["decoder_start"] == 5
+    said |= {"eos_token_id": 1, "pad_token_id": 0, "decoder_start_token_id": 0}  # the control: what was written before
+    (tmp_path / "out/config.json").write_text(json.dumps(said))
+    converting.convert(f"hf:{tmp_path / 'out'}", str(tmp_path / "other"))
+    assert json.loads((tmp_path / "other/config.json").read_text())["data"]["decoder_start"] == 0
+
+
 def test_parameters_are_laid_over_the_mesh(model, tmp_path):
     folder, _, ours = model
     converting.convert(f"hf:{folder}", str(tmp_path / "run"), ["--config.mesh.fsdp=2", "--config.mesh.tensor=2"])

@@ -72,8 +72,7 @@ def _t5_foreign(s: Config) -> dict[str, Any]:
         "relative_attention_max_distance": s["relative_distance"], "layer_norm_epsilon": s["norm_eps"],
         "feed_forward_proj": f.name_of(T5_ACTIVATIONS, s["activation"], "activation"),
         "tie_word_embeddings": s["tied_embeddings"], "scale_decoder_outputs": s["head_scale"] != 1.0,
-        "dropout_rate": s["dropout"], "is_encoder_decoder": True, "pad_token_id": 0, "eos_token_id": 1,
-        "decoder_start_token_id": 0,
+        "dropout_rate": s["dropout"], "is_encoder_decoder": True,
     }  # fmt: skip
 
 
