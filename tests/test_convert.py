@@ -20,6 +20,7 @@ from bigmodel_jax.hf import FAMILIES, published
 from bigmodel_jax.hf import safetensors as st
 from bigmodel_jax.hf.family import class_names, labels, numbered
 from bigmodel_jax.hf.tokenizer_json import tokenizer_json
+from bigmodel_jax.learn import state as states
 from bigmodel_jax.programs import Programs
 from bigmodel_jax.train import train
 from tests import tiny
@@ -289,6 +290,61 @@ def test_a_published_pair_has_the_ids_of_its_tokenizer(tmp_path, monkeypatch, fo
     (tmp_path / "out/config.json").write_text(json.dumps(said))
     converting.convert(f"hf:{tmp_path / 'out'}", str(tmp_path / "other"))
     assert json.loads((tmp_path / "other/config.json").read_text())["data"]["decoder_start"] == 0
+
+
+def test_low_rank_updates_are_published_and_generated_with_as_one_model(model, tmp_path, monkeypatch, capsys):
+    """W + scale A B in numpy against the exported tensors, the forward pass of the factors and greedy text."""
+    monkeypatch.setattr(experiment, "build", functools.partial(experiment.build, devices=jax.devices()[:1]))
+    folder, _, ours = model
+    raw = tiny.raw("decoder", tmp_path) | {"steps": 3, "schedule": {"name": "constant"}, "model": SECTION}
+    raw |= {"init_from": {"path": f"hf:{folder}"}, "optimizer": {"name": "adamw", "lr": 0.1}}
+    raw |= {"lora": {"rank": 2, "alpha": 8.0, "targets": (r"attn/(q|out)$", "mlp/in$")}}
+    run = str(tmp_path / "run")
+    train(experiment.resolve(raw), run)
+    cli.run(["convert", "--from", run, "--to", f"hf:{tmp_path / 'out'}"])
+    exp, _, state, _ = offline.open_run(run, [])
+    halves = {path: np.asarray(leaf, np.float64) for path, leaf in tree.flatten(state["params"]).items()}
+    # Our q is [N, D, H, K], out [N, H, K, D] and in [N, D, F]; GPT-2 keeps [inputs, outputs], q first of three.
+    rules = {"attn/q": "ndr,nrhk->ndhk", "attn/out": "nhkr,nrd->nhkd", "mlp/in": "ndr,nrf->ndf"}
+    names = {"attn/q": "attn.c_attn", "attn/out": "attn.c_proj", "mlp/in": "mlp.c_fc"}
+    assert len(halves) == 2 * len(rules)
+    merged, tensors = dict(ours), st.open_tensors(tmp_path / "out")
+    for name, rule in rules.items():
+        path = next(path for path in ours if path.startswith("layers/") and path.removesuffix("/kernel").endswith(name))
+        change = 8.0 / 2 * np.einsum(rule, halves[f"lora/{path}/a"], halves[f"lora/{path}/b"])
+        assert np.abs(change).max() > 0.05  # the control: the base alone is another model
+        merged[path] = (ours[path] + change).astype(np.float32)
+        for layer in range(2):
+            stored = tensors.read(f"transformer.h.{layer}.{names[name]}.weight")
+            want = merged[path][layer].reshape((-1, 32) if name == "attn/out" else (32, -1))
+            np.testing.assert_allclose(stored[:, : want.shape[1]], want, atol=1e-6)
+    tokens = np.random.default_rng(1).integers(0, 256, (2, 16)).astype(np.int32)
+    opened = published.open_folder(str(tmp_path / "out"))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def logits(apply, variables, tokens):
+        out = apply(variables, tokens=tokens, train=False)
+        return out.head(out.hidden)
+
+    def plain(parameters):
+        return {"params": tree.unflatten(parameters), "stats": {}}
+
+    whole = logits(opened.model.apply, plain(dict(opened.parameters())), tokens)
+    np.testing.assert_allclose(whole, logits(exp.model.apply, states.variables(state), tokens), atol=1e-4)
+    assert np.abs(whole - logits(opened.model.apply, plain(ours), tokens)).max() > 0.1
+
+    capsys.readouterr()
+    cli.run(["generate", "--workdir", run, "--prompt", "ab", "--length", "6", "--temperature", "0", "--json"])
+    said = json.loads(capsys.readouterr().out)["tokens"]
+
+    def greedy(parameters):
+        ids = exp.data.tokenizer.prompt("ab")
+        for _ in range(6):
+            row = np.array([ids + [0] * (16 - len(ids))] * 2, np.int32)
+            ids.append(int(np.argmax(logits(opened.model.apply, plain(parameters), row)[0, len(ids) - 1])))
+        return ids[3:]
+
+    assert said == greedy(merged)[: len(said)] and said != greedy(ours)[: len(said)] and len(said) > 1
 
 
 def test_parameters_are_laid_over_the_mesh(model, tmp_path):
