@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -10,6 +13,8 @@ from bigmodel_jax.errors import InputError
 from bigmodel_jax.hf import FAMILIES, published
 from bigmodel_jax.hf.rows import Plan
 from bigmodel_jax.models.spec import Spec
+from tests.parity.families import CASES
+from tests.parity.recorded import code_hash, due
 
 LOCAL, FULL = "sliding_attention", "full_attention"
 
@@ -153,3 +158,24 @@ def test_what_we_do_not_have_is_refused_by_name(name):
     model, changes, words = REFUSED[name]
     with pytest.raises(InputError, match=words):
         section_of(PUBLISHED[model][1] | changes)
+
+
+def test_every_case_of_parity_is_recorded_and_met_its_goal():
+    """With whichever code: a run of tests/parity says which rows are stale."""
+    root = Path(__file__).resolve().parents[2]
+    rows = json.loads((root / "results/parity.json").read_text())["cases"]
+    assert rows.keys() == CASES.keys() and all(row["ok"] for row in rows.values())
+
+
+def test_a_row_of_other_code_or_versions_is_due(tmp_path):
+    for folder in ("bigmodel_jax/models", "bigmodel_jax/hf", "bigmodel_jax/data", "tests/parity"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "a.py").write_text("1")
+    before = {"code": code_hash(tmp_path), "jax": "1"}
+    (tmp_path / "bigmodel_jax/data/a.py").write_text("2")
+    assert code_hash(tmp_path) == before["code"]  # no row depends on it
+    rows = {"a": {"ok": True, "made_with": before}, "b": {"ok": False, "made_with": before}, "c": {"ok": True}}
+    assert due(rows, "abcd", before) == ["b", "c", "d"]
+    assert due(rows, "ab", before | {"jax": "2"}) == ["a", "b"]
+    (tmp_path / "bigmodel_jax/hf/a.py").write_text("2")
+    assert due(rows, "a", {"code": code_hash(tmp_path), "jax": "1"}) == ["a"]

@@ -1,17 +1,22 @@
 """Each published family against `transformers`, both ways, on small random models.
 
-    python tests/parity/run.py [CASE ...]        needs the environment of tests/parity/requirements.txt
+    python tests/parity/run.py                   cases whose row is missing, missed its goal or is stale: made with
+                                                 other code (models/, hf/, this folder) or other versions
+    python tests/parity/run.py CASE ... | --all  these, or every one
+
+Needs the environment of tests/parity/requirements.txt.
 
 reference -> ours    save_pretrained, import: outputs and gradients of a loss in float32
 ours -> reference    fresh parameters, export, from_pretrained: the same
 bitwise              reference -> ours -> export keeps every tensor; ours -> export -> import every parameter
 control              two rows of the table exchanged: the outputs must differ
 
-Writes results/parity.json, row by row; exits 1 where one misses its goal.
+Writes results/parity.json, row by row, each with what it was made with; exits 1 where one misses its goal.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import os
@@ -39,6 +44,7 @@ from bigmodel_jax.hf import FAMILIES, published  # noqa: E402
 from bigmodel_jax.hf import safetensors as st  # noqa: E402
 from bigmodel_jax.hf.rows import Plan, Row  # noqa: E402
 from tests.parity.families import CASES, VOCAB, Case  # noqa: E402
+from tests.parity.recorded import code_hash, due  # noqa: E402
 
 RESULTS = ROOT / "results" / "parity.json"
 LOGITS, GRADIENTS, CONTROL = 1e-4, 1e-3, 1e-2
@@ -250,25 +256,39 @@ def check(name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def recorded() -> dict[str, Any]:
+    """{case: row} of the result so far."""
+    return json.loads(RESULTS.read_text())["cases"] if RESULTS.exists() else {}
+
+
 def record(rows: dict[str, Any]) -> None:
     """Rows into the result, beside what it has of other cases."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "jax": jax.__version__,
-                "transformers": transformers.__version__}  # fmt: skip
-    old = json.loads(RESULTS.read_text())["cases"] if RESULTS.exists() else {}
-    cases = {name: rows.get(name) or old.get(name) for name in CASES if name in rows or name in old}
+    cases = recorded() | rows
     RESULTS.write_text(json.dumps({
-        "command": "python tests/parity/run.py", "versions": versions, "cases": cases,
+        "command": "python tests/parity/run.py", "cases": {name: cases[name] for name in CASES if name in cases},
         "goals": {"outputs": LOGITS, "gradients": GRADIENTS, "control": CONTROL},
     }, indent=1, sort_keys=True) + "\n")  # fmt: skip
 
 
-def main(names: list[str]) -> int:
-    transformers.logging.disable_progress_bar()
-    torch.set_num_threads(1)
-    chosen = [name for name in CASES if not names or name in names or name.split(",")[0] in names]
-    if unknown := [n for n in names if n not in CASES and n not in {c.split(",")[0] for c in CASES}]:
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="CASE", help='"albert, classes", or "albert" for all of its cases')
+    parser.add_argument("--all", action="store_true", help="also those whose row is of today's code and versions")
+    args = parser.parse_args(argv)
+    if unknown := [n for n in args.names if n not in CASES and n not in {c.split(",")[0] for c in CASES}]:
         print(f"unknown cases: {', '.join(unknown)}; known: {', '.join(CASES)}", file=sys.stderr)
         return 2
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    # Taken once: code that is edited during a run is not the code of its rows.
+    made_with = {
+        "code": code_hash(ROOT), "python": platform.python_version(), "torch": torch.__version__,
+        "jax": jax.__version__, "transformers": transformers.__version__,
+    }  # fmt: skip
+    stale = due(recorded(), CASES, made_with)
+    print(f"{len(stale)} of {len(CASES)} rows are missing, missed their goal or are stale", flush=True)
+    named = [name for name in CASES if name in args.names or name.split(",")[0] in args.names]
+    chosen = list(CASES) if args.all else named if args.names else stale
     rows: dict[str, Any] = {}
     for name in chosen:
         try:
@@ -276,6 +296,7 @@ def main(names: list[str]) -> int:
         except (RunError, Exception) as error:
             rows[name] = {"reference": CASES[name].reference, "ok": False, "error": f"{type(error).__name__}: {error}"}
         row = rows[name]
+        row["made_with"] = made_with
         shown = (
             row.get("error")
             or " ".join(
