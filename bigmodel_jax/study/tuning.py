@@ -99,11 +99,17 @@ def _score(study: Study, tried: Tried) -> float:
 def choose(study: Study, tried: Sequence[Tried]) -> Choice:
     """The best point at full length, and whether it lies at an edge of what was tried.
 
-    One that diverged on any seed is never best, unless all did: then the first is taken, and its runs will tell.
+    Of points that are equally good the middle one by value is taken, the lower of two: good on both of its sides, it
+    is the least likely to be good by luck. One that diverged on any seed is never best, unless all did: then the first
+    is taken, and its runs will tell.
     """
     longest = max((each.overrides.get("steps", 0) for each in tried), default=0)
     full = [each for each in tried if each.overrides.get("steps", 0) == longest]
-    best = min(full, key=lambda each: _score(study, each))
+    least = min(_score(study, each) for each in full)
+    tied = [each for each in full if math.isclose(_score(study, each), least, rel_tol=1e-9)]
+    if math.isfinite(least):
+        tied.sort(key=lambda each: [value for value in each.overrides.values() if _is_number(value)])
+    best = tied[(len(tied) - 1) // 2 if math.isfinite(least) else 0]
     overrides = {leaf: value for leaf, value in best.overrides.items() if leaf != "steps"}
     axes = study.search["leaves"] if study.search else study.tune
     edge = [leaf for leaf, value in overrides.items() if _is_number(value) and at_edge(axes[leaf], value)]

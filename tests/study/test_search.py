@@ -125,5 +125,12 @@ def test_tuning_chooses_by_the_mean_and_tells_of_an_edge():
     assert "at the edge" in tuning.lines({"v": edge}, "validation/loss")[0]
     diverged = tuned({0.01: (2.0, 2.0), 0.1: (1.0, math.inf), 1.0: (math.inf, math.inf)})
     assert diverged.overrides == {"optimizer.lr": 0.01}
+    # Of equals the middle one by value, the lower of two, in whatever order they were tried.
+    level = (1.0, 1.2)
+    assert tuned({0.01: level, 0.1: level, 1.0: level}, (1.0, 0.01, 0.1)).overrides == {"optimizer.lr": 0.1}
+    assert tuned({0.01: (2.0, 2.0), 0.1: level, 1.0: level}).overrides == {"optimizer.lr": 0.1}
+    assert tuned({0.01: level, 0.1: (1.0, 1.3), 1.0: level}).overrides == {"optimizer.lr": 0.01}
+    lost = (math.inf, math.inf)
+    assert tuned({0.01: lost, 0.1: lost, 1.0: lost}).overrides == {"optimizer.lr": 0.01}
     assert tuning.at_edge({"low": 1e-4, "high": 1.0, "log": True}, 1.2e-4)
     assert not tuning.at_edge({"low": 1e-4, "high": 1.0, "log": True}, 0.01)
