@@ -112,11 +112,13 @@ def summary(store: Store, cells: Sequence[Cell]) -> list[str]:
 
 
 def _status(args: argparse.Namespace, store: Store) -> None:
+    from bigmodel_jax.study import report
+
     tuned, cells, choices = known(store, _variants(args, store))
     if tuned:
         print(f"tuning: {len(store.rows(tuned, failed=False))} of {len(tuned)} cells asked for so far are done")
         print("\n".join(tuning.lines(choices, store.study.metric)))
-    print("\n".join(summary(store, cells)))
+    print("\n".join([*report.first_stage(store, cells), *summary(store, cells)]))
     for cell in [*tuned, *cells]:
         line = progress(store, cell)
         if line:
@@ -158,7 +160,8 @@ def _report(args: argparse.Namespace, store: Store) -> None:
 
     _, cells, choices = known(store, _variants(args, store))
     rows = store.rows(cells)
-    found = report.of_rows(store.study, rows, choices, mixed=args.mixed, environment=report.environment(store, rows))
+    made_with = [*report.environment(store, rows), *report.first_stage(store, cells)]
+    found = report.of_rows(store.study, rows, choices, mixed=args.mixed, environment=made_with)
     folder = Path(args.out) if args.out else store.workdir / "report"
     report.write(found, folder)
     print(report.summary(found, folder))

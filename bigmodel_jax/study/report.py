@@ -9,10 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bigmodel_jax import metrics
+from bigmodel_jax import metrics, status
 from bigmodel_jax.study import findings, page, plots, tables
 from bigmodel_jax.study.spec import Row, Study
-from bigmodel_jax.study.store import Store
+from bigmodel_jax.study.store import Cell, Store
 from bigmodel_jax.study.tuning import Choice
 
 
@@ -38,6 +38,16 @@ def write(report: Mapping[str, Any], folder: Path) -> None:
     (folder / "report.md").write_text(tables.markdown(report, shown), encoding="utf-8")
     (folder / "report.tex").write_text(tables.latex(report), encoding="utf-8")
     (folder / "index.html").write_text(page.render(report, drawn), encoding="utf-8")
+
+
+def first_stage(store: Store, cells: Sequence[Cell]) -> list[str]:
+    """What the runs that these start from have cost, here or where they were recorded; nothing if there are none."""
+    starts = store.starts(cells)
+    rows = [row for cell in starts if (row := store.row(cell) or store.from_record(cell)) is not None]
+    if not starts:
+        return []
+    wall, cpu = (status.span(sum(getattr(row, name) for row in rows)) for name in ("wall_s", "cpu_s"))
+    return [f"started from {len(starts)} runs of a first stage, {len(rows)} done in {wall} ({cpu} of CPU time)"]
 
 
 def environment(store: Store, rows: Sequence[Row]) -> list[str]:

@@ -90,6 +90,11 @@ class Runner:
         """
         starts = self.store.starts([cell for cell in cells if self.store.row(cell) is None])
         if starts:
+            again = [row for cell in starts if not self.store.over(cell) and (row := self.store.from_record(cell))]
+            if again:
+                took = status.span(sum(row.wall_s for row in again))
+                what = f"{len(again)} runs that others start from are recorded, their checkpoints are not"
+                self.say(f"{what}: made again here, {took} where they were made")
             self.run(starts)
         before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
         try:

@@ -9,7 +9,8 @@ the study does not set it.
     <workdir>/groups/         cells that are trained as lanes of one program: their list, log and common checkpoints
     <workdir>/cells/<cell>/   cell.json, then the run's own directory: result.json, metrics.jsonl, checkpoints ...
                               attempts.jsonl, a line at every start and end of a run; log.txt; row.json at last
-    results/studies/<study>.jsonl   one finished row a line, for other machines (--record)
+    results/studies/<study>.jsonl   one finished row a line, for other machines (--record). Those of runs that others
+                              start from say what they cost: without their checkpoints they are made again
 
 Who runs a cell holds a file lock that the run inherits: it is gone when both are, also after a kill or a power
 cut, and holds on while an orphaned run still computes.
@@ -111,7 +112,7 @@ class Store:
         self.file = str(source.relative_to(root))
         self.recorded = root / "results" / "studies" / f"{study.name}.jsonl" if record else None
         self._rows: dict[str, Row] = {}
-        self._seen: tuple[int, list[dict[str, Any]]] = (-1, [])
+        self._seen: tuple[Any, list[dict[str, Any]]] = (None, [])
 
     # --- cells
 
@@ -290,7 +291,7 @@ class Store:
         """
         if cell.id not in self._rows:
             # Of a run that others start from its files are needed, not what came out.
-            found = self._from_folder(cell, claimed) or (self._from_record(cell) if cell.purpose != "first" else None)
+            found = self._from_folder(cell, claimed) or (self.from_record(cell) if cell.purpose != "first" else None)
             if found is None:
                 return None
             self._rows[cell.id] = found
@@ -330,36 +331,40 @@ class Store:
         folder = self.folder(cell)
         found = journal.read(folder / "row.json")
         row = rows.from_plain(found) if found is not None else None
-        if row is not None and self._judged(row):
+        if row is not None and self._judged(row, cell):
             self._record(cell, row)
             return row
         # The runner was killed between the end of the run and its row, or the run has outlived it.
         return self.settle(cell) if self.over(cell) and (claimed or not self.owner(cell)) else None
 
     def _record(self, cell: Cell, row: Row) -> None:
-        wanted = self.recorded is not None and cell.purpose != "first"
-        if wanted and all(line["cell"] != cell.id for line in self._recorded_lines()):
-            journal.append(self.recorded, {**rows.plain(row), "config": _essential(cell.config)})
+        """Keep a row, in place of one of the same run that the study's metric, chosen since, cannot be read from."""
+        if self.recorded is None or self.from_record(cell) is not None:
+            return
+        kept = {**rows.plain(row), "config": _essential(cell.config)}
+        journal.replace(self.recorded, lambda line: _is_of(line, cell), kept)
 
     def _recorded_lines(self) -> list[dict[str, Any]]:
-        """Of results/studies/<study>.jsonl, read again when it has grown."""
+        """Of results/studies/<study>.jsonl, read again when it has changed."""
         if self.recorded is None or not self.recorded.exists():
             return []
-        size = self.recorded.stat().st_size
-        if self._seen[0] != size:
-            self._seen = size, list(journal.lines(self.recorded))
+        found = self.recorded.stat()
+        stamp = found.st_size, found.st_mtime_ns, found.st_ino
+        if self._seen[0] != stamp:
+            self._seen = stamp, list(journal.lines(self.recorded))
         return self._seen[1]
 
-    def _from_record(self, cell: Cell) -> Row | None:
+    def from_record(self, cell: Cell) -> Row | None:
+        """The row of results/studies, if it has the study's metric."""
         for line in self._recorded_lines():
-            if line["cell"] == cell.id or (line["seed"] == cell.seed and same(line["config"], cell)):
+            if _is_of(line, cell):
                 row = dataclasses.replace(rows.from_plain(line), cell=cell.id)
-                return row if self._judged(row) else None
+                return row if self._judged(row, cell) else None
         return None
 
-    def _judged(self, row: Row) -> bool:
+    def _judged(self, row: Row, cell: Cell) -> bool:
         """Whether a kept row has the study's metric, which is not part of its cell."""
-        return row.purpose == "first" or row.status != "done" or self.study.metric in row.values
+        return cell.purpose == "first" or row.status != "done" or self.study.metric in row.values
 
     def _read(self, cell: Cell, status: str) -> Row:
         folder = self.folder(cell)
@@ -403,6 +408,10 @@ class Store:
                 f"study '{self.study.name}': the run of '{cell.variant}' seed {cell.seed} in {self.folder(cell)} has "
                 f"{leaf} = {found!r}, not {wanted!r}: the study's file changed when it started; remove that folder"
             )
+
+
+def _is_of(line: Mapping[str, Any], cell: Cell) -> bool:
+    return line["cell"] == cell.id or (line["seed"] == cell.seed and same(line["config"], cell))
 
 
 def same(old: Mapping[str, Any], cell: Cell) -> bool:

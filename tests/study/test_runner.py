@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from bigmodel_jax import cli
+from bigmodel_jax import atomic, cli, status
 from bigmodel_jax.errors import InputError, Preempted
-from bigmodel_jax.study import runner, spec
+from bigmodel_jax.study import journal, runner, spec
 from bigmodel_jax.study.store import Store, same
 
 # Saves every step, leaves with 75 when asked, 76 when it diverges; says in ran.txt when it has come to its end.
@@ -149,8 +151,8 @@ def test_divergence_is_a_result_and_failure_is_told(tmp_path, trainer):
     store = Store(spec.read(study_file(tmp_path, rates=(0.3, 7, 9), names=("sgd",), seeds=(0, 1))), tmp_path / "w")
     work = runner.Runner(store, 3, say=said.append)
     rows = {(row.variant, row.seed): row.status for row in work.run(store.cells())}
-    for rate, status in ((0.3, "done"), (7, "diverged")):
-        assert rows[f"lr={rate},name=sgd", 0] == rows[f"lr={rate},name=sgd", 1] == status
+    for rate, ended_as in ((0.3, "done"), (7, "diverged")):
+        assert rows[f"lr={rate},name=sgd", 0] == rows[f"lr={rate},name=sgd", 1] == ended_as
     assert rows["lr=9,name=sgd", 1] == "failed" and "no such thing" in "\n".join(said)
     assert len(work.failed) == 2
     assert not any("again" in line and "lr=9,name=sgd seed 0" in line for line in said)  # 2 is never retried
@@ -173,6 +175,29 @@ def test_recorded_rows_count_on_another_machine_and_after_a_new_option(tmp_path,
     assert not same(old, dataclasses.replace(cell, given=cell.given | {"optimizer.clip"}))
     old["batch_size"] = 64
     assert not same(old, cell)
+
+
+def test_a_recorded_row_without_a_new_metric_is_replaced(tmp_path, trainer):
+    fields = dict(names=("sgd",), seeds=(0,))
+    carried_out(study_file(tmp_path, **fields), tmp_path / "w", record=True)
+    path = tmp_path / "results" / "studies" / "killed.jsonl"
+    file = study_file(tmp_path, **fields, metric="long/loss - validation/loss")
+    rows = carried_out(file, tmp_path / "elsewhere", record=True)  # run once more: the numbers are not in the record
+    assert len(ended(tmp_path / "elsewhere")) == 2
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["cell"] for line in lines] == [row.cell for row in rows]
+    assert all({"validation/loss", "long/loss - validation/loss"} <= set(line["values"]) for line in lines)
+    assert table(carried_out(file, tmp_path / "third", record=True)) == table(rows)
+    assert ended(tmp_path / "third") == []
+    # An appender that waited while the file was replaced writes to the new one.
+    with open(path, "rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        waiting = threading.Thread(target=journal.append, args=(path, {"cell": "late"}))
+        waiting.start()
+        time.sleep(0.2)
+        atomic.write(path, path.read_text())
+    waiting.join()
+    assert [line["cell"] for line in journal.lines(path)] == [*(row.cell for row in rows), "late"]
 
 
 def test_rows_of_other_data_are_not_compared(tmp_path, trainer):
@@ -223,7 +248,7 @@ def test_a_difference_of_two_metrics_is_one(tmp_path, trainer):
         carried_out(file, tmp_path / "w")
 
 
-def test_variants_that_start_from_other_runs(tmp_path, trainer):
+def test_variants_that_start_from_other_runs(tmp_path, trainer, capsys):
     """Each starts from the run of its own seed, made once and before it, and not made again for a report."""
     first = {"long": {"steps": 12}, "short": {"steps": 6, "optimizer.lr": 0.2}}
     variants = {"a": {"init_from.path": "first:long"}, "b": {"init_from.path": "first:long", "optimizer.lr": 0.3},
@@ -254,3 +279,21 @@ def test_variants_that_start_from_other_runs(tmp_path, trainer):
     file = study_file(tmp_path, **fields)
     assert table(carried_out(file, tmp_path / "elsewhere", record=True)) == table(rows)
     assert ended(tmp_path / "elsewhere") == []
+    # The first stage is recorded for what it cost; a further variant elsewhere has to make it again, and says so.
+    path = tmp_path / "results" / "studies" / "killed.jsonl"
+    recorded = [json.loads(line) for line in path.read_text().splitlines()]
+    spent = {(row["variant"], row["seed"]): row["wall_s"] for row in recorded if row["purpose"] == "first"}
+    assert set(spent) == {(f"first:{name}", seed) for name in first for seed in range(3)} and len(recorded) == 15
+    cli.run(["study", "status", file, "--workdir", str(tmp_path / "elsewhere"), "--record"])
+    said = capsys.readouterr().out
+    assert f"started from 6 runs of a first stage, 6 done in {status.span(sum(spent.values()))}" in said
+    cli.run(["study", "status", file, "--workdir", str(tmp_path / "nowhere")])
+    assert "6 runs of a first stage, 0 done" in capsys.readouterr().out
+    file = study_file(
+        tmp_path, **fields | dict(variants=variants | {"c": {"init_from.path": "first:long", "steps": 7}})
+    )
+    told, store = [], Store(spec.read(file), tmp_path / "elsewhere", record=True)
+    runner.Runner(store, 2, say=told.append).run(store.cells())
+    assert told[0].startswith("3 runs that others start from are recorded, their checkpoints are not: made again here")
+    assert len(ended(tmp_path / "elsewhere")) == 6
+    assert len(path.read_text().splitlines()) == 18
