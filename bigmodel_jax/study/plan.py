@@ -38,8 +38,7 @@ def lines(store: Store, tuned: Sequence[Cell], cells: Sequence[Cell], processes:
             f"about {status.span(left)} to go with {processes} at a time; {whole:.0f} min in all, {verdict} "
             f"the budget of {study.budget_minutes:g} min"
         )
-    if study.full is not None:
-        out.append(full_scale(study.full))
+    out += [f"full scale{f' of {arm}' if arm else ''}: {full_scale(raw)}" for arm, raw in study.arms.items()]
     return out
 
 
@@ -59,7 +58,7 @@ def full_scale(raw: dict[str, Any]) -> str:
     examples = size * config["steps"]
     total = exp.work()["flops_per_example"] * examples
     return (
-        f"full scale: {tree.count(programs.state['params']):,} parameters, {config['steps']:,} steps of {size}; "
+        f"{tree.count(programs.state['params']):,} parameters, {config['steps']:,} steps of {size}; "
         f"the train step compiles here and holds {held / 2**30:.1f} GiB on {exp.mesh.size} devices; "
         f"{total:.2g} FLOPs in all"
     )

@@ -55,7 +55,8 @@ class Study:
     folds: one leaf that decides which rows are held out -> its values; each seed is run with each of them, and so are
       the `first` runs, which would otherwise train on rows that are held out.
     held_out: variants of a ladder that its law predicts before they run, see scaling.py.
-    full: raw config of the same study at the paper's scale. budget_minutes: of all cells together, wall time.
+    full: raw config of the same study at the paper's scale, or {arm: raw config} where its arms are different code.
+    budget_minutes: of all cells together, wall time.
     file: where it was read from.
     """
 
@@ -86,6 +87,11 @@ class Study:
     def terms(self) -> tuple[str, ...]:
         """The metric's one name, or the two whose difference it is."""
         return tuple(self.metric.split(" - "))
+
+    @property
+    def arms(self) -> dict[str, dict[str, Any]]:
+        """The full-scale configs by name, one alone under ""; none without them."""
+        return {} if self.full is None else {"": self.full} if "model" in self.full else self.full
 
     @property
     def repeats(self) -> list[tuple[int, dict[str, Any]]]:
@@ -280,8 +286,8 @@ def _check_configs(study: Study) -> None:
                 _resolved(f"tune of variant '{name}'", study.config(name, **{leaf: value}))
         for point in ends:
             _resolved(f"search of variant '{name}'", study.config(name, **point))
-    if study.full is not None:
-        _resolved("full-scale twin", study.full)
+    for arm, raw in study.arms.items():
+        _resolved(f"full-scale twin {arm}".rstrip(), raw)
 
 
 def _resolved(what: str, raw: Mapping[str, Any]) -> dict[str, Any]:

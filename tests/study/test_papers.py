@@ -12,8 +12,12 @@ from bigmodel_jax.errors import InputError
 from bigmodel_jax.programs import Programs
 from bigmodel_jax.study import spec
 
-PAPERS = Path(__file__).resolve().parents[2] / "configs" / "papers"
-FILES = sorted(PAPERS.glob("*/*.py"))
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+PAPERS = CONFIGS / "papers"
+FILES = sorted(PAPERS.rglob("*.py"))
+STUDIES = sorted(path for path in CONFIGS.rglob("*.py") if "def get_study(" in path.read_text())
+OTHERS = [path for path in STUDIES if path not in FILES]
+SMALL = ["--config.microbatch=0", "--config.mesh.data=1", "--config.mesh.fsdp=8"]
 
 
 read = cache(lambda path: spec.read(str(path)))
@@ -25,10 +29,10 @@ def study(request):
 
 
 def test_there_are_studies():
-    assert {path.parent.name for path in FILES} >= {
-        "he2016", "xiong2020", "shazeer2020", "press2022", "loshchilov2019", "wu2018", "optimizers"
-    }  # fmt: skip
-    names = [read(path).name for path in FILES]
+    folders = {path for path in PAPERS.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert set(FILES) <= set(STUDIES) and {path.parent for path in FILES} == folders and len(FILES) > 10
+    assert {path.parent for path in OTHERS} == {CONFIGS, CONFIGS / "ladders"}
+    names = [read(path).name for path in STUDIES]
     assert len(set(names)) == len(names), "results/studies has one file per name"
 
 
@@ -50,19 +54,35 @@ def test_a_study_can_be_judged_by_its_seeds(study):
 
 
 def test_the_full_scale_twin_is_large_and_of_the_same_kind(study):
-    full, base = experiment.resolve(study.full), experiment.resolve(study.base)
-    assert full["steps"] * full["batch_size"] > 100 * base["steps"] * base["batch_size"]
-    small_ones = {"decoder": {"decoder", "encoder_decoder"}, "resnet": {"resnet"}}
-    assert full["model"]["name"] in small_ones.get(base["model"]["name"], {base["model"]["name"]})
+    base = experiment.resolve(study.base)
+    variants = {experiment.resolve(study.config(name))["model"]["name"] for name in study.variants}
+    kinds = variants | ({"encoder_decoder"} if "decoder" in variants else set())
+    for full in map(experiment.resolve, study.arms.values()):
+        assert full["steps"] * full["batch_size"] > 100 * base["steps"] * base["batch_size"]
+        assert full["model"]["name"] in kinds
 
 
-def test_the_full_scale_twin_lowers_on_eight_devices(study):
-    rows = 128  # of a batch: the groups of batch norm at full scale have as many
+def lowered(raw, rows, *overrides):
     small = [f"--config.{leaf}={rows}" for leaf in ("batch_size", "eval.batch_size")]
-    layout = ["--config.microbatch=0", "--config.mesh.data=1", "--config.mesh.fsdp=8"]
-    programs = Programs(experiment.build(experiment.resolve(study.full, [*small, *layout]), load=False))
-    text = programs.lower_step(rows).as_text()
+    config = experiment.resolve(raw, [*small, *SMALL, *overrides])
+    config["model"] |= {leaf: 300 for leaf in experiment.FROM_DATA if config["model"].get(leaf) == 0}
+    text = Programs(experiment.build(config, load=False)).lower_step(rows).as_text()
     assert "stablehlo.dot_general" in text and ("sdy.sharding" in text or "mhlo.sharding" in text)
+    return text
+
+
+def test_the_full_scale_twins_lower_on_eight_devices(study):
+    # Rows of a batch: the groups of batch norm at full scale have as many.
+    texts = [lowered(raw, 128) for raw in study.arms.values()]
+    assert len(set(texts)) == len(texts) > 0, "two arms are the same program"
+
+
+@pytest.mark.parametrize("path", OTHERS, ids=lambda path: path.stem)
+def test_ladders_and_studies_of_no_paper_lower(path):
+    study = read(path)
+    largest = study.held_out or tuple(study.variants)[-1:]
+    for name in (study.baseline, *largest):
+        lowered(study.config(name), 16, "--config.init_from.path=")
 
 
 def test_a_published_number_says_where_it_is_printed(study):

@@ -46,6 +46,13 @@ def get_study():
         published={"masked": 92.6, "left-to-right": 92.1},
         published_metric="SST-2 accuracy after fine-tuning, %, both without NSP",
         published_source="Devlin et al. 2019, table 5",
-        full=bert.get_config("base"),
+        full={"masked": bert.get_config("base"), "left-to-right": left_to_right_at_scale()},
         budget_minutes=60,
     )
+
+
+def left_to_right_at_scale():
+    """The same sizes and text with a causal mask."""
+    config = bert.get_config("base")
+    config.model.name, config.objective.name, config.data.name = "decoder", "causal_lm", "text"
+    return config

@@ -62,6 +62,6 @@ def get_study():
         published={"residual20": 8.75, "residual44": 7.17},
         published_metric="test error on CIFAR-10, %",
         published_source="He et al. 2016, table 6 (ResNet-20 and ResNet-44)",
-        full=resnet_cifar10.get_config("plain56"),
+        full={name: resnet_cifar10.get_config(arg) for name, arg in (("plain", "plain56"), ("residual", "56"))},
         budget_minutes=30,
     )

@@ -32,9 +32,10 @@ def get_study():
     config.eval = dict(every=200, batch_size=128)
     config.checkpoint = dict(every=0, keep_last=1)
     config.log = dict(every=10, tensorboard=False)
-    full = bert.get_config("base")
-    full.data.name = "masked_pairs"
-    full.model.update(pooler=True, nsp=True)
+    full = {name: bert.get_config("base") for name in ("with", "without")}
+    for config_at_scale in full.values():
+        config_at_scale.data.name = "masked_pairs"
+    full["with"].model.update(pooler=True, nsp=True)
     return dict(
         name="nsp",
         title="With and without next-sentence prediction",

@@ -62,12 +62,12 @@ def get_study():
             dict(better="alibi", worse="rotary", text=f"ALiBi extrapolates better than rotary positions: {long}"),
             dict(better="rotary", worse="sinusoidal", text=f"Rotary extrapolates better than sinusoids: {long}"),
         ),
-        full=full(),
+        full={positions: full(positions) for positions in ("alibi", "sinusoidal", "rotary")},
         budget_minutes=40,
     )  # fmt: skip
 
 
-def full():
+def full(positions):
     """16 layers of width 1024 and 8 heads (Baevski & Auli 2019) on rows of 512. Wiki40B in place of WikiText-103, which
     TFDS does not have, and one table in place of adaptive embeddings."""
     config = ConfigDict()
@@ -75,7 +75,7 @@ def full():
     config.batch_size = 128
     config.model = dict(
         name="decoder", vocab_size=32000, num_layers=16, embed_dim=1024, num_heads=8, mlp_dim=4096, max_length=2048,
-        positions="alibi", activation="relu", dropout=0.3, dtype="bfloat16",
+        positions=positions, activation="relu", dropout=0.3, dtype="bfloat16",
     )  # fmt: skip
     config.objective = dict(name="causal_lm", chunk=128)
     config.optimizer = dict(name="nesterov", lr=1.0, beta=0.99, clip=0.1)

@@ -51,21 +51,21 @@ def get_study():
         },
         published_metric="held-out log-perplexity of span-filling on C4 after 65,536 steps",
         published_source="Shazeer 2020, table 1",
-        full=full(),
+        full={"geglu": full("geglu", 2048), "relu": full("relu", 3072)},
         budget_minutes=90,
         **small_decoder.best_rate(),
     )  # fmt: skip
 
 
-def full():
-    """T5-base on span-filling of C4: 65,536 steps of 128 rows of 512 tokens, Adafactor, no dropout; GEGLU."""
+def full(activation, mlp_dim):
+    """T5-base on span-filling of C4: 65,536 steps of 128 rows of 512 tokens, Adafactor, no dropout."""
     config = ConfigDict()
     config.steps = 65_536
     config.batch_size = 128
     config.model = dict(
-        name="encoder_decoder", vocab_size=32128, num_layers=12, embed_dim=768, num_heads=12, mlp_dim=2048,
+        name="encoder_decoder", vocab_size=32128, num_layers=12, embed_dim=768, num_heads=12, mlp_dim=mlp_dim,
         max_length=1024, positions="none", relative_buckets=32, attention_scale=1.0, norm="rmsnorm", norm_bias=False,
-        norm_placement="pre", bias=False, activation="geglu", embed_scale=1.0, head_scale=768**-0.5, dropout=0.0,
+        norm_placement="pre", bias=False, activation=activation, embed_scale=1.0, head_scale=768**-0.5, dropout=0.0,
         embed_dropout=0.0, dtype="bfloat16",
     )  # fmt: skip
     config.objective = dict(name="seq2seq")

@@ -50,21 +50,21 @@ def get_study():
                 text="At the best rate QK-norm costs nothing (within 0.02 bits per byte)",
             ),
         ),
-        full=full(),
+        full={"plain": full(qk_norm=False), "both": full(qk_norm=True)},
         budget_minutes=90,
     )  # fmt: skip
 
 
-def full():
+def full(qk_norm):
     """The 1.2B model of the paper: 24 layers of width 2048, 131,072 tokens a batch for 100,000 steps, C4."""
     config = ConfigDict()
     config.steps = 100_000
     config.batch_size = 256
     config.model = dict(
         name="decoder", vocab_size=32128, num_layers=24, embed_dim=2048, num_heads=32, mlp_dim=8192, max_length=512,
-        positions="rotary", bias=False, qk_norm=True, tied_embeddings=False, dtype="bfloat16", remat="minimal",
+        positions="rotary", bias=False, qk_norm=qk_norm, tied_embeddings=False, dtype="bfloat16", remat="minimal",
     )  # fmt: skip
-    config.objective = dict(name="causal_lm", chunk=128, z_loss=1e-4)
+    config.objective = dict(name="causal_lm", chunk=128, z_loss=1e-4 if qk_norm else 0.0)
     config.optimizer = dict(name="adamw", lr=1e-2, b2=0.95, weight_decay=1e-4, clip=1.0)
     config.schedule = dict(name="cosine", warmup=5000)
     config.data = dict(

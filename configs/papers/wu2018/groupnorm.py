@@ -33,8 +33,8 @@ def get_study():
     config.log = dict(every=10, tensorboard=False)
     variants = {f"batch norm of {rows}": {"model.bn_group": rows} for rows in (32, 16, 8, 4, 2)}
     variants["group norm"] = {"model.norm": "group", "model.gn_groups": 4}
-    full = resnet_imagenet.get_config("50")
-    full.model.norm = "group"
+    full = {norm: resnet_imagenet.get_config("50") for norm in ("batch", "group")}
+    full["group"].model.norm = "group"
     return dict(
         name="groupnorm",
         title="Batch norm against group norm at small batches",

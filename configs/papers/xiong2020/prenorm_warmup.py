@@ -79,18 +79,23 @@ def get_study():
         published={"post-norm, warm-up": 34.0, "post-norm": 8.45},
         published_metric="BLEU on IWSLT14 German-English (more is better)",
         published_source="Xiong et al. 2020, text of section 3.2",
-        full=full(),
+        full={placement: full(placement) for placement in ("pre", "post")},
         budget_minutes=40,
     )  # fmt: skip
 
 
-def full():
+def full(placement):
     """The base Transformer on WMT14 English-German, 100,000 steps, as in section 4.1; files of pairs needed."""
     config = ConfigDict()
     config.steps = 100_000
     config.batch_size = 1024
     config.model = dict(
-        name="encoder_decoder", vocab_size=37000, max_length=128, norm_placement="pre", init="fan_in", dtype="bfloat16"
+        name="encoder_decoder",
+        vocab_size=37000,
+        max_length=128,
+        norm_placement=placement,
+        init="fan_in",
+        dtype="bfloat16",
     )
     config.objective = dict(name="seq2seq", label_smoothing=0.1)
     config.optimizer = dict(name="adam", lr=1e-3, b2=0.98, eps=1e-9)
