@@ -56,7 +56,9 @@ DECODERS = {
     # Of every expert's queue: as many places as there are tokens.
     "mixtral, capacity": _published("mixtral-8x7b") | {"capacity_factor": 2.0},
     # What no published family has.
-    "alibi, window": _DECODER | {"positions": "alibi", "window": WINDOW, "residual": "parallel", "num_kv_heads": 1},
+    "alibi, window": _DECODER | {
+        "positions": "alibi", "window": WINDOW, "residual": "parallel", "num_heads": 6, "num_kv_heads": 1, "head_dim": 4
+    },
     "shared layers": _DECODER | {"positions": "sinusoidal", "norm_placement": "post", "shared_layers": True},
     "lstm": {"name": "recurrent_lm", **_RECURRENT},
     "gru": {"name": "recurrent_lm", "cell": "gru", **_RECURRENT},

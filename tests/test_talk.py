@@ -9,11 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from bigmodel_jax import talk
+from bigmodel_jax import cli, talk
 from bigmodel_jax.data.instructions import PLAIN
 from bigmodel_jax.data.tokenizer import Bytes
 from bigmodel_jax.errors import InputError
-from bigmodel_jax.generate import Generator, Sampling
+from bigmodel_jax.generate import Continuation, Generator, Sampling
 from bigmodel_jax.generate.text import Reader, cut, settled
 from bigmodel_jax.models import MODELS
 
@@ -52,6 +52,9 @@ def speaker():
     out.tokenizer, out.paired, out.template, out.sampling = Bytes(), False, "", Sampling(top_k=5)
     out.generator = Generator(model, variables, eos=(256,), pad=257)
     return out
+
+
+ENDED = Continuation([], [], "eos")
 
 
 def asked(*lines):
@@ -123,6 +126,45 @@ def test_a_prompt_draws_the_same_alone_as_among_others(speaker):
     assert among[0][0] != among[1][0]
     *_, (_, (row,), _) = speaker.stream(speaker.inputs(["ab"]), 0, first=1)
     assert row.tokens == among[1][1].tokens
+
+
+def test_a_stream_says_what_the_whole_batch_says(speaker, capsys, monkeypatch):
+    """Prompt by prompt in pieces of 8, and a batch in such pieces, as in one batch."""
+    monkeypatch.setattr(talk, "Speaker", lambda args, overrides: speaker)
+    texts = ["ab", "cdefg", "ab"]
+
+    def said(seed, stream):
+        args = vars(speaker.args) | {"prompt": texts, "seed": seed, "stream": stream, "interactive": False}
+        monkeypatch.setattr(speaker, "args", argparse.Namespace(**args))
+        answers = talk.generate_from_run(speaker.args, [])
+        shown = "".join(f"{text}{answer}\n" for text, answer in zip(texts, answers, strict=True))
+        assert capsys.readouterr().out == shown
+        return answers
+
+    whole = said(3, stream=False)
+    assert said(3, stream=True) == whole and len(set(whole)) == 3
+    assert said(4, stream=True) != whole
+    shown = ["", "", ""]
+    for readers, rows, final in speaker.stream(speaker.inputs(texts), 3):
+        shown = [text + reader.fresh(row.tokens, final) for text, reader, row in zip(shown, readers, rows, strict=True)]
+    assert shown == whole
+
+
+def test_flags_reach_the_sampler(monkeypatch):
+    exp = argparse.Namespace(
+        data=argparse.Namespace(tokenizer=Bytes()), model=argparse.Namespace(encode=None), layout=None,
+        config={"data": {"name": "text"}},
+    )  # fmt: skip
+    programs, found = argparse.Namespace(eval_variables=lambda state: {}), []
+    monkeypatch.setattr(talk, "open_run", lambda workdir, overrides: (exp, programs, None, None))
+    monkeypatch.setattr(talk, "Generator", lambda *args, **options: None)
+    monkeypatch.setattr(talk.Speaker, "whole", lambda self, texts: found.append(self.sampling) or [("", ENDED)])
+    flags = "--temperature 0.7 --top-k 40 --top-p 0.9 --min-p 0.05 --repetition-penalty 1.2".split()
+    for number in range(0, len(flags) + 1, 2):
+        cli.run(["generate", "--workdir", "x", *flags[:number]])
+    plain = Sampling(temperature=0.8, top_p=0.95)
+    assert found[0] == plain and found[-1] == Sampling(0.7, 40, 0.9, 0.05, 1.2)
+    assert len(set(found)) == 6
 
 
 def test_ctrl_c_ends_the_answer_only(speaker, capsys, monkeypatch):

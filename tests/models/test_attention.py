@@ -56,6 +56,17 @@ def visible(mask, length, memory):
     return out
 
 
+def np_slopes(heads):
+    """A geometric sequence that starts at 2^(-8/n), which is also its ratio (Press et al. 2022, section 3); for n that
+    are no power of two, as the authors' code has it, that of the power below and every other one of the power above.
+    """
+    below = max(2**n for n in range(heads) if 2**n <= heads)
+    slopes = [2 ** (-8 / below)]
+    while len(slopes) < below:
+        slopes.append(slopes[-1] * slopes[0])
+    return np.array((slopes + (np_slopes(2 * below)[::2].tolist() if heads > below else []))[:heads])
+
+
 def numpy_attention(q, k, v, seen, softcap=0.0, alibi=False, offset=0):
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     per = q.shape[2] // k.shape[2]
@@ -65,10 +76,28 @@ def numpy_attention(q, k, v, seen, softcap=0.0, alibi=False, offset=0):
         s = softcap * np.tanh(s / softcap)
     if alibi:
         i, j = np.arange(q.shape[1])[:, None] + offset, np.arange(k.shape[1])
-        s = s - alibi_slopes(q.shape[2])[:, None, None] * abs(i - j)
+        s = s - np_slopes(q.shape[2])[:, None, None] * abs(i - j)
     e = np.where(seen[:, None], np.exp(s - s.max()), 0.0)
     total = e.sum(-1, keepdims=True)
     return np.einsum("bhlm,bmhk->blhk", e / np.where(total > 0, total, 1.0), v)
+
+
+# Exponents of 1/2 where the number of heads is no power of two; 112 are BLOOM's 176B.
+EXPONENTS = {
+    3: [4, 8, 2],
+    6: [2, 4, 6, 8, 1, 3],
+    12: [1, 2, 3, 4, 5, 6, 7, 8, 0.5, 1.5, 2.5, 3.5],
+    112: [n / 8 for n in range(1, 65)] + [n / 16 for n in range(1, 97, 2)],
+}
+
+
+def test_slopes_of_any_number_of_heads_are_those_of_the_paper():
+    for heads in (1, 2, 3, 5, 8, 6, 12, 20, 32, 112):
+        np.testing.assert_allclose(alibi_slopes(heads), np_slopes(heads), rtol=1e-12)
+    for heads, exponents in EXPONENTS.items():
+        np.testing.assert_allclose(alibi_slopes(heads), 0.5 ** np.array(exponents), rtol=1e-12)
+        # Control: the closed form of a power of two is another.
+        assert np.abs(alibi_slopes(heads) - 0.5 ** (8 / heads * np.arange(1, heads + 1))).max() > 0.02
 
 
 def run(backend, mask, rule, q, k, v, d):

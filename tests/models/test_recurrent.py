@@ -9,7 +9,6 @@ import pytest
 
 from bigmodel_jax import tree
 from bigmodel_jax.errors import InputError
-from bigmodel_jax.generate import generate
 from bigmodel_jax.models import MODELS
 from bigmodel_jax.parallel import mesh as meshes
 from bigmodel_jax.parallel import rules
@@ -137,17 +136,6 @@ def test_cached_decoding_equals_the_full_pass(x64):
     for row, length in enumerate(lengths):
         np.testing.assert_allclose(steps[row], full[row, length : length + 3], atol=1e-12)
     assert np.abs(forgot[1] - full[1, 4]).max() > 1e-3  # control: a cache of length 0 remembers nothing
-
-
-def test_generation_of_a_batch_equals_one_by_one():
-    model = MODELS["recurrent_lm"](**LM | dict(num_layers=1), cell="gru")
-    v = jax.tree.map(lambda x: 3 * x, randomised(model, 4, dtype=np.float32))
-    v["params"]["head"]["bias"] *= 0
-    prompts = [[1, 2, 3, 4], [5, 6]]
-    key = jax.random.key(0)
-    together = generate(model, v, prompts, length=5, key=key, temperature=0.0)
-    [alone] = generate(model, v, prompts[1:], length=5, key=key, temperature=0.0)
-    assert list(together[1]) == list(alone) and list(together[0]) != list(alone)
 
 
 def test_dropout_belongs_to_the_row_and_trains_only():

@@ -13,10 +13,10 @@ from bigmodel_jax import tree
 from bigmodel_jax.errors import InputError
 from bigmodel_jax.models import cache as caches
 from bigmodel_jax.models import decoder, encoder
-from bigmodel_jax.models.positions import alibi_slopes
 from bigmodel_jax.models.spec import REMAT
 from bigmodel_jax.parallel import mesh as meshes
 from bigmodel_jax.parallel import rules
+from tests.models.test_attention import np_slopes
 
 TINY = {"vocab_size": 37, "num_layers": 2, "embed_dim": 16, "num_heads": 4, "max_length": 24, "init_std": 0.3}
 TOKENS = np.random.default_rng(0).integers(0, 37, (3, 18)).astype(np.int32)
@@ -83,7 +83,7 @@ def np_attention(x, p, o, causal, seen):
     s = cap * np.tanh(s / cap) if cap else s
     gap = i[:, None] - i
     if o["positions"] == "alibi":
-        s = s - alibi_slopes(len(q))[:, None, None] * abs(gap)
+        s = s - np_slopes(len(q))[:, None, None] * abs(gap)
     seen = seen & (gap >= 0 if causal else True) & (abs(gap) < (o.get("window") or length))
     e = np.exp(s) * seen
     return np.einsum("hlk,hkd->ld", e / e.sum(-1, keepdims=True) @ v, p["out"]) + p.get("out_bias", 0)
