@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from bigmodel_jax.generate import Generator, Sampling, beam_search
+from bigmodel_jax.parallel import rules
+from bigmodel_jax.parallel.mesh import make_mesh
 from tests.decoders import PAIRS, WINDOW, tiny
 
 KINDS = {
@@ -53,3 +55,18 @@ def test_a_batch_equals_one_by_one_and_one_beam_equals_greedy(kind):
     # Control: padding that is read as text.
     _, [padded] = greedy([PROMPTS[1] + [0] * 5], SOURCES[1:2])
     assert np.abs(padded - logprobs[1]).max() > 1e-3
+
+
+def test_a_mesh_with_stages_generates_the_same_tokens():
+    model, variables = tiny("gpt2")
+    mesh = make_mesh({"stage": 2}, jax.devices()[:2])
+    shapes, axes = model.abstract()
+    spread = jax.device_put(variables, rules.shardings(axes, shapes, mesh))
+    query = spread["params"]["layers"]["attn"]["q"]
+    assert query.sharding.shard_shape(query.shape)[0] == 1  # of two layers
+    how = {"length": NEW, "key": jax.random.key(0), "sampling": GREEDY}
+    found = Generator(model, spread, layout=rules.Layout(mesh))(PROMPTS, **how)
+    alone = Generator(model, variables)(PROMPTS, **how)
+    assert [row.tokens for row in found] == [row.tokens for row in alone]
+    for row, other in zip(found, alone, strict=True):
+        np.testing.assert_allclose(row.logprobs, other.logprobs, rtol=0, atol=1e-5)
