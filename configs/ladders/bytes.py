@@ -1,5 +1,6 @@
-"""A scaling law of bytes of Python's standard library, fitted up to 0.36M parameters, for a run of 1.6M.
+"""A scaling law of bytes of Webster's dictionary, fitted up to 0.36M parameters, for a run of 1.6M.
 
+    python benchmarks/gcide_text.py runs/gcide.jsonl
     bigmodel scaling plan configs/ladders/bytes.py --workdir runs/ladder
     bigmodel scaling run configs/ladders/bytes.py --workdir runs/ladder --record
     git add results/bytes_prediction.json results/studies/bytes.jsonl && git commit -m "Prediction of the 1.6M run"
@@ -7,13 +8,12 @@
 
 Five sizes by four lengths, after approach 3 of Hoffmann et al. 2022 (arXiv:2203.15556), then one run with 4.4 times the
 parameters and twice the tokens of the largest. One learning rate for all: widths and depths follow the smallest
-by mup (bigmodel_jax/mup.py). The corpus has some 10 MB, so that the longest runs read it up to twice.
+by mup (bigmodel_jax/mup.py). The dictionary has 40 MB, so that no run reads any of it twice.
 
 The goal: the prediction, committed before that run, is off by at most 1.5%, its interval at most 4% wide.
 
-Cost: "67k, 1M bytes" took 32 CPU seconds on a busy machine of two cores, 15 of them to start (2.46 bits per byte). At
-0.24 CPU seconds per thousand parameters and million bytes the 20 rungs take about 1.2 CPU hours and the large run 1.6:
-an hour and a half on two quiet cores. Neither has been run yet.
+Cost, from one rung: 0.24 CPU seconds per thousand parameters and million bytes, and some 15 to start: 1.2 CPU hours for
+the 20 rungs and 1.6 for the large run. Neither is finished.
 """
 
 from ml_collections import ConfigDict
@@ -34,7 +34,9 @@ def get_study():
     config.objective = dict(name="causal_lm")
     config.optimizer = dict(name="adamw", lr=8e-3, b2=0.95, clip=1.0)
     config.schedule = dict(name="cosine", warmup=50)
-    config.data = dict(name="text", corpus="stdlib", tokenizer="bytes", length=LENGTH, validation_fraction=0.02)
+    config.data = dict(
+        name="text", corpus="jsonl:runs/gcide.jsonl", tokenizer="bytes", length=LENGTH, validation_fraction=0.02
+    )
     config.eval = dict(batch_size=64)
     config.checkpoint = dict(every=500, keep_last=1)
     config.log = dict(every=50, tensorboard=False)
