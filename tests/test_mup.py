@@ -113,11 +113,16 @@ def test_activations_move_as_far_at_any_width(probes, optimizer):
         return {name: by_width[name] for name in ("moved/0/attn", "moved/0/mlp", "moved/0/stream")}, by_width
 
     held, every = exponents(None)
-    assert max(map(abs, held.values())) < 0.15, held
-    assert every["moved/logits"] < 0.1 and abs(every["moved/embed"]) < 0.05
-    if optimizer == "adamw":  # the control: the same models, whose optimizer is not told of their width
-        loose, _ = exponents(mup.STANDARD)
+    assert max(map(abs, held.values())) < (0.15 if optimizer == "adamw" else 0.1), held
+    # Logits shrink towards a limit, never as fast as their random part, 1 / sqrt(width): the learned one stays.
+    assert -0.45 < every["moved/logits"] < 0.1 and abs(every["moved/embed"]) < 0.05
+    # The control: the same models, whose optimizer is not told of their width. Muon's updates are bounded by norm, so
+    # that it errs less.
+    loose, _ = exponents(mup.STANDARD)
+    if optimizer == "adamw":
         assert min(loose.values()) > 0.4, loose
+    else:
+        assert max(loose.values()) > 0.15 and all(loose[name] > held[name] + 0.12 for name in held), loose
 
 
 def test_branches_and_logits_are_those_of_the_plain_model_made_smaller():

@@ -27,6 +27,11 @@ def test_the_published_law_comes_back():
         assert low < getattr(CHINCHILLA, name) < high, name
     loss, low, high = found.predict(70e9, 1.4e12)
     assert low < CHINCHILLA(70e9, 1.4e12) < high and low < loss < high and high / low < 1.05
+    # The control: runs of another law, whose coefficients the intervals must tell from these.
+    steeper = laws.Law(1.69, 406.4, 410.7, 0.36, 0.28)
+    other = laws.fit_with_intervals(n, d, noisy * steeper(n, d) / CHINCHILLA(n, d), resamples=200)
+    low, high = other.interval("alpha")
+    assert not low < CHINCHILLA.alpha < high and low < steeper.alpha < high
     noisy[7] *= 1.3  # a run that went wrong: Huber's loss bears it, least squares does not
     broken, squares = laws.fit(n, d, noisy), laws.fit(n, d, noisy, delta=10.0)
     assert broken(70e9, 1.4e12) == pytest.approx(loss, rel=0.005)
