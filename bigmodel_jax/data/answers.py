@@ -41,7 +41,7 @@ class Pieces(NamedTuple):
 
 @dataclass(frozen=True)
 class Spans(Rows):
-    """Rows [cls] question [sep] window of the context [sep], for the objective "spans".
+    """Rows [cls] question [sep] window of the context [sep] (framing.py), for the objective "spans".
 
     question, context: columns. answers: column with {"text": [...], "answer_start": [...]} as in SQuAD's JSONL, empty
     lists for none; training uses the first. length: tokens of a row. stride: tokens that two windows of a context
@@ -100,7 +100,8 @@ class Spans(Rows):
         for row, context in enumerate(contexts):
             question = asked[row][: self.max_question]
             count["questions_cut"] += len(asked[row]) > self.max_question
-            room = self.length - len(question) - 3
+            ahead = [frame.start, *question, *frame.between]
+            room = self.length - len(ahead) - 1
             if room <= self.stride:
                 raise InputError(
                     f"data.length {self.length} leaves {room} tokens for a window, which must be more than "
@@ -111,10 +112,10 @@ class Spans(Rows):
             answered = False
             for at in range(0, max(len(ids) - self.stride, 1), room - self.stride):
                 window, own = ids[at : at + room], spans[at : at + room]
-                head = len(question) + 2
+                head = len(ahead)
                 span = token_span(own, *place) if place else None
                 answered |= span is not None
-                row_tokens = [frame.start, *question, frame.end, *window, frame.end]
+                row_tokens = [*ahead, *window, frame.end]
                 used = len(row_tokens)
                 parts["tokens"].append(row_tokens + [frame.pad] * (self.length - used))
                 parts["segments"].append([1] * used + [0] * (self.length - used))

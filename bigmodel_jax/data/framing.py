@@ -1,9 +1,10 @@
 """Texts to rows of ids: special tokens around them, cut to the length, padded; and what was cut, counted.
 
-    one text   [cls] a [sep]            two texts   [cls] a [sep] b [sep]
+    one text   [cls] a [sep]            two texts   [cls] a [sep] b [sep]      RoBERTa's   <s> a </s> </s> b </s>
 
-A tokenizer without classification tokens (byte and SentencePiece ones of our own) has its end-of-text token
-stand for both, as in pretraining, where it separates documents.
+What stands around and between texts is what a published tokenizer puts there (Published.pair), else its classification
+tokens. One without these (byte and SentencePiece ones of our own) has its end-of-text token stand for both, as in
+pretraining, where it separates documents.
 """
 
 from __future__ import annotations
@@ -22,21 +23,24 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Frame:
-    """Special ids of a tokenizer: before a text, after a text, and padding."""
+    """Special ids of a tokenizer: before a text, after a text, padding, and between two texts; and the token type of
+    the second text."""
 
     start: int
     end: int
     pad: int
+    between: tuple[int, ...]
+    second: int
 
     @classmethod
     def of(cls, tokenizer: Any) -> Frame:
-        start, end = getattr(tokenizer, "cls", None), getattr(tokenizer, "sep", None)
-        eos = tokenizer.eos
+        start, end, eos = getattr(tokenizer, "cls", None), getattr(tokenizer, "sep", None), tokenizer.eos
         start, end = (eos if start is None else start), (eos if end is None else end)
+        start, between, end, second = getattr(tokenizer, "pair", None) or (start, (end,), end, 1)
         if start is None or end is None:
             raise InputError("the tokenizer has neither classification tokens nor an end-of-text token")
         pad = tokenizer.pad if tokenizer.pad is not None else end
-        return cls(int(start), int(end), int(pad))
+        return cls(int(start), int(end), int(pad), tuple(between), int(second))
 
 
 @dataclass
@@ -83,12 +87,12 @@ def frame_texts(
 ) -> dict[str, np.ndarray]:
     """{"tokens", "segments" [n, L] int32, with pairs also "token_types" [n, L] int32}.
 
-    Segments are 1, and 0 on padding; token types are 1 on the second text and its end.
+    Segments are 1, and 0 on padding; token types are 1 on the second text and its end (0 where the tokenizer says so).
 
     Errors: InputError when `length` leaves no room for text.
     """
     frame = Frame.of(tokenizer)
-    special = 2 if pairs is None else 3
+    special = 2 if pairs is None else 2 + len(frame.between)
     if length <= special:
         raise InputError(f"data.length {length} leaves no room beside {special} special tokens")
     first = tokenizer.encode_batch(list(texts))
@@ -99,12 +103,12 @@ def frame_texts(
         b = a[:0] if second is None else second[row]
         n, m = fit_pair(len(a), len(b), length - special)
         cut.add(len(a) + len(b), n + m)
-        tokens[row, 0], tokens[row, 1 : 1 + n], tokens[row, 1 + n] = frame.start, a[:n], frame.end
-        used = n + 2
+        own = [frame.start, *a[:n]]
         if second is not None:
-            tokens[row, used : used + m], tokens[row, used + m] = b[:m], frame.end
-            types[row, used : used + m + 1] = 1
-            used += m + 1
+            own += [*frame.between, *b[:m]]
+            types[row, len(own) - m : len(own) + 1] = frame.second
+        used = len(own) + 1
+        tokens[row, :used] = [*own, frame.end]
         segments[row, :used] = 1
     out = {"tokens": tokens, "segments": segments}
     return out if second is None else out | {"token_types": types}

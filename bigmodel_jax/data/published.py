@@ -38,6 +38,9 @@ _USUAL = {
     "unk": ("<unk>", "[UNK]"), "cls": ("[CLS]",), "sep": ("[SEP]",),
 }  # fmt: skip
 
+# Classes of fairseq's byte-level BPE, which puts two separators between two texts (Liu et al. 2019).
+_DOUBLED = ("Roberta", "Longformer", "Bart", "LED")
+
 
 def _bytes_of_characters() -> dict[str, int]:
     """GPT-2's printable character for each byte (Radford et al. 2019): {character: byte}."""
@@ -50,10 +53,12 @@ class Published(Tokenizer):
     """A published tokenizer. See Tokenizer; and
 
     files: {name: content} it was made from, which `save` writes again.
-    lossless: decode(encode(x)) == x for every text.
+    lossless: decode(encode(x)) == x for every text. pair: (id before, ids between, id after two texts, token type of
+    the second) where the tokenizer says how it frames them, else None.
     """
 
     kind = "published"
+    pair: tuple[int, tuple[int, ...], int, int] | None = None
 
     def __init__(
         self, files: Mapping[str, bytes], table: Sequence[bytes], ids: Mapping[str, int], special: Iterable[int],
@@ -107,6 +112,15 @@ class Rust(Published):
             files, table, vocabulary, special, where,
             first=self._framing(), lossless=self._style == "bytes" and not about.get("normalizer"),
         )  # fmt: skip
+        self.pair = self._pair()
+
+    def _pair(self) -> tuple[int, tuple[int, ...], int, int] | None:
+        found = self._engine.encode("a", "a", add_special_tokens=True)
+        first, second = ([i for i, text in enumerate(found.sequence_ids) if text == side] for side in (0, 1))
+        if not first or not second or first[0] != 1 or second[-1] != len(found) - 2 or first[-1] + 1 == second[0]:
+            return None
+        between = tuple(found.ids[first[-1] + 1 : second[0]])
+        return found.ids[0], between, found.ids[-1], found.type_ids[second[0]]
 
     def _framing(self) -> list[int]:
         """Special ids that the library puts before a text of a decoder: none, or the begin of text alone."""
@@ -273,7 +287,7 @@ def _wordpiece_engine(files: Mapping[str, bytes], where: str) -> Any:
 
 def _byte_engine(files: Mapping[str, bytes], where: str) -> Any:
     from tokenizers import Tokenizer as Engine
-    from tokenizers import decoders, models, pre_tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, processors
 
     vocabulary = _object(files, VOCAB)
     lines = files[MERGES].decode("utf-8").split("\n")
@@ -284,6 +298,9 @@ def _byte_engine(files: Mapping[str, bytes], where: str) -> Any:
     space = bool(_config(files).get("add_prefix_space", False))
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
     engine.decoder = decoders.ByteLevel()
+    if str(_config(files).get("tokenizer_class", "")).startswith(_DOUBLED) and {"<s>", "</s>"} <= vocabulary.keys():
+        ends = [(name, vocabulary[name]) for name in ("<s>", "</s>")]
+        engine.post_processor = processors.TemplateProcessing("<s> $A </s>", "<s> $A </s> </s> $B </s>", ends)
     return _with_special(engine, files, vocabulary, where)
 
 

@@ -1,13 +1,17 @@
 """Labelled texts: rows, splits and report of a small table, and everything that is refused."""
 
+import json
 import logging
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as Engine
+from tokenizers import models, pre_tokenizers, processors, trainers
 
+from bigmodel_jax.data.answers import Spans
 from bigmodel_jax.data.framing import Cut, fit_pair, frame_texts
 from bigmodel_jax.data.labelled import CausalTable, LabelledText, MaskedTable
-from bigmodel_jax.data.tokenizer import Bytes
+from bigmodel_jax.data.tokenizer import Bytes, load_tokenizer
 from bigmodel_jax.errors import InputError
 
 
@@ -33,6 +37,56 @@ def test_rows_are_framed_cut_and_padded():
     np.testing.assert_array_equal(pair["token_types"], [[0, 0, 0, 0, 1, 1, 1, 1]])
     with pytest.raises(InputError, match="no room"):
         frame_texts(tokenizer, ["a"], ["b"], 3, Cut())
+
+
+def framed(kind, folder, form):
+    """(tokenizer of ours, the library's) of a small byte-level BPE with the special tokens of RoBERTa or BERT."""
+    names = {"roberta": ("<s>", "</s>", "<pad>"), "bert": ("[CLS]", "[SEP]", "[PAD]")}[kind]
+    engine = Engine(models.BPE())
+    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    engine.train_from_iterator(["a pair of texts"] * 9, trainers.BpeTrainer(
+        special_tokens=list(names), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+    ))  # fmt: skip
+    first, last = ((name, engine.token_to_id(name)) for name in names[:2])
+    make = {"roberta": processors.RobertaProcessing, "bert": processors.BertProcessing}[kind]
+    engine.post_processor = make(last, first)
+    config = {"cls_token": names[0], "sep_token": names[1], "pad_token": names[2], "eos_token": names[1]}
+    folder.mkdir()
+    if form == "json":
+        (folder / "tokenizer.json").write_text(engine.to_str())
+    else:  # nothing but the class says how texts are framed
+        engine.model.save(str(folder))
+        config["tokenizer_class"] = "RobertaTokenizer" if kind == "roberta" else "GPT2Tokenizer"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return load_tokenizer(str(folder)), engine
+
+
+@pytest.mark.parametrize(("kind", "form"), [("roberta", "json"), ("roberta", "files"), ("bert", "json")])
+def test_two_texts_are_framed_as_the_library_frames_them(kind, form, tmp_path):
+    """Controls: BERT has one separator and two token types, RoBERTa two separators and one type."""
+    ours, engine = framed(kind, tmp_path / "tokenizer", form)
+    texts, pairs = ["a pair", "of"], ["of texts", "a text, longer"]
+    found = frame_texts(ours, texts, pairs, 32, Cut())
+    alone = frame_texts(ours, texts, None, 32, Cut())
+    for row in range(2):
+        for rows, other in ((found, pairs[row]), (alone, None)):
+            want = engine.encode(texts[row], other)
+            used = rows["segments"][row] > 0
+            assert rows["tokens"][row][used].tolist() == want.ids
+            if other:
+                assert rows["token_types"][row][used].tolist() == want.type_ids
+                assert max(want.type_ids) == (kind == "bert")
+        assert (found["tokens"][row] == ours.sep).sum() == {"roberta": 3, "bert": 2}[kind]
+    asked = {"question": texts[0], "context": "of texts", "answers": {"text": ["texts"], "answer_start": [3]}}
+    (tmp_path / "asked.jsonl").write_text(json.dumps(asked) + "\n")
+    file, folder = str(tmp_path / "asked.jsonl"), str(tmp_path / "tokenizer")
+    data = Spans(train=file, validation=file, tokenizer=folder, length=24, stride=2)
+    rows = data.load(seed=0, batch_size=1, eval_batch_size=1).train.source.gather(np.array([0]))
+    want = engine.encode(asked["question"], asked["context"])
+    assert rows["tokens"][0][rows["segments"][0] > 0].tolist() == want.ids
+    assert ours.decode(want.ids[rows["start"][0] : rows["end"][0] + 1]).strip() == "texts"
+    cut = frame_texts(ours, texts, pairs, 8, Cut())["tokens"]
+    assert ((cut == ours.sep).sum(1) == {"roberta": 3, "bert": 2}[kind]).all() and cut[1, -1] == ours.sep
 
 
 @pytest.mark.parametrize("room", [1, 4, 7, 10, 30])
