@@ -23,6 +23,7 @@ from bigmodel_jax import experiment as experiments
 from bigmodel_jax import offline, schema, sections, tree
 from bigmodel_jax import workdir as workdirs
 from bigmodel_jax.checkpoint import Checkpointer
+from bigmodel_jax.data.instructions import Chat
 from bigmodel_jax.data.pairs import Symbols
 from bigmodel_jax.data.pieces import Tokenizer
 from bigmodel_jax.data.published import FOLDER
@@ -199,6 +200,8 @@ def to_folder(
     )  # fmt: skip
     if writer is not None:
         _save_tokenizer(writer, place)
+    if exp.config["data"]["name"] == "instructions":
+        _save_template(Chat(exp.data.tokenizer, exp.config["data"]["template"]), place)
     return {
         "model_type": kind, "folder": folder, "step": step, "parameters": tree.count(variables["params"]),
         "files": sorted(path.name for path in place.iterdir()), "weights": files,
@@ -236,3 +239,11 @@ def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     if tokenizer.kind != "published":
         for name, text in tokenizer_json(tokenizer).items():
             (folder / name).write_text(text)
+
+
+def _save_template(chat: Chat, folder: Path) -> None:
+    """The template that conversations were learned in, in tokenizer_config.json; a file beside it would come first."""
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    path = folder / "tokenizer_config.json"
+    config = published.read_json(path) if path.exists() else {}
+    path.write_text(json.dumps(config | {"chat_template": chat.published}, indent=1) + "\n")

@@ -13,6 +13,7 @@ import pytest
 
 from bigmodel_jax import cli, experiment, offline, tree
 from bigmodel_jax import convert as converting
+from bigmodel_jax.data.instructions import Chat
 from bigmodel_jax.data.pieces import Bytes
 from bigmodel_jax.data.tokenizer import load_tokenizer
 from bigmodel_jax.errors import InputError
@@ -143,6 +144,21 @@ def test_an_import_ends_at_every_token_that_it_names(model, tmp_path, capsys):
     converting.convert(f"hf:{folder}", str(tmp_path / "run"))
     found = written(tmp_path / "run")
     assert found["reason"] == "eos" and found["tokens"] == whole["tokens"][:2]
+
+
+@pytest.mark.parametrize("template", ["", "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"])
+def test_a_published_folder_has_the_template_that_its_conversations_were_learned_in(template, tmp_path):
+    """Read back, it gives the same ids. Control: the template that was beside the files gives others."""
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    for name, text in tokenizer_json(Bytes()).items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}{% endfor %}")
+    chat, before = Chat(Bytes(), template), load_tokenizer(str(tmp_path))
+    assert Chat(before).encode(talk)[0].tolist() != chat.encode(talk)[0].tolist()
+    converting._save_template(chat, tmp_path)
+    after = load_tokenizer(str(tmp_path))
+    assert [x.tolist() for x in Chat(after).encode(talk)] == [x.tolist() for x in chat.encode(talk)]
+    assert Chat(after).prompt(talk[:1]) == chat.prompt(talk[:1]) and after.eos == before.eos
 
 
 def test_training_starts_from_it_and_what_was_trained_is_published(model, tmp_path):

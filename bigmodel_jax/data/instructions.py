@@ -109,6 +109,11 @@ class Chat:
         self._ids_of = {_MARKS[role]: index for role, index in ids.items() if index is not None}
         self.tokens = {f"{role}_token": "" if index is None else _MARKS[role] for role, index in ids.items()}
 
+    @property
+    def published(self) -> str:
+        """The template that gives the ids of `encode` elsewhere, where no token is put before a conversation."""
+        return "{{ eos_token }}" + PLAIN if self.template == PLAIN else self.template
+
     def pieces(self, messages: Sequence[Mapping[str, str]]) -> list[tuple[list[int], bool]]:
         """The ids of a conversation in pieces (ids, whether they are an answer), one piece for each answer."""
         if any(mark in message["content"] for message in messages for mark in _MARKS.values()):

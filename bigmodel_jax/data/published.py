@@ -258,7 +258,8 @@ def _roles(files: Mapping[str, bytes], ids: Mapping[str, int], where: str) -> tu
             raise InputError(f"the tokenizer in '{where}' names {role}_token {token!r}, which it does not have")
         names = (token,) if isinstance(token, str) else _USUAL[role]
         out[role] = next((ids[name] for name in names if name in ids), None)
-    template = config.get("chat_template") or files.get("chat_template.jinja", b"").decode("utf-8", "replace")
+    # A file of its own comes first, as in transformers.
+    template = files.get("chat_template.jinja", b"").decode("utf-8", "replace") or config.get("chat_template")
     if isinstance(template, list):  # several by name
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
         template = named.get("default") or next(iter(named.values()), "")

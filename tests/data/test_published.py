@@ -96,6 +96,10 @@ def test_tokenizer_json_gives_the_librarys_ids(kind, engines, tmp_path):
     assert again.fingerprint == ours.fingerprint and (again.eos, again.pad) == (ours.eos, ours.pad)
     other = load_tokenizer(saved(engines[kind], tmp_path / "in", chat_template="{{ messages }}"))
     assert other.fingerprint != ours.fingerprint and other.chat_template == "{{ messages }}"
+    (tmp_path / "in" / "chat_template.jinja").write_text("{{ messages[0] }}")
+    assert load_tokenizer(str(tmp_path / "in")).chat_template == "{{ messages[0] }}"
+    (tmp_path / "in" / "tokenizer_config.json").unlink()
+    assert load_tokenizer(str(tmp_path / "in")).chat_template == "{{ messages[0] }}"
 
 
 def test_byte_level_bpe_loses_nothing(engines, tmp_path):
