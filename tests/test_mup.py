@@ -125,6 +125,23 @@ def test_activations_move_as_far_at_any_width(probes, optimizer):
         assert max(loose.values()) > 0.15 and all(loose[name] > held[name] + 0.12 for name in held), loose
 
 
+def test_the_stream_does_not_move_further_the_deeper_it_is():
+    """Exponents in the depth. Branches of 1 / depth: their part that is random at the start falls as 1 / sqrt(depth),
+    so the stream shrinks towards a limit. Control: branches that add up as in a shallow one.
+    """
+
+    def exponents(**options):
+        found = []
+        for layers in (4, 16):
+            probe = Probe(model_of(32, True, layers=layers, remat="none", **options))
+            sizes = probe.sizes("adamw", probe.model.ratio, seeds=1)
+            found.append([sizes[f"{kind}{layers - 1}/stream"] for kind in ("", "moved/")])
+        return np.log(np.divide(found[1], found[0])) / np.log(4)
+
+    assert all(-0.65 < slope < 0.1 for slope in exponents(mup_depth=2))
+    assert all(slope > 0.5 for slope in exponents())
+
+
 def test_branches_and_logits_are_those_of_the_plain_model_made_smaller():
     plain, scaled = decoder(**WIDE), decoder(**WIDE, mup_width=16, mup_depth=2)
     rng = np.random.default_rng(0)

@@ -152,11 +152,11 @@ def test_a_stream_says_what_the_whole_batch_says(speaker, capsys, monkeypatch):
 
 def test_flags_reach_the_sampler(monkeypatch):
     exp = argparse.Namespace(
-        data=argparse.Namespace(tokenizer=Bytes()), model=argparse.Namespace(encode=None), layout=None,
+        data=argparse.Namespace(tokenizer=Bytes(), end_tokens=(0,)), model=argparse.Namespace(encode=None), layout=None,
         config={"data": {"name": "text"}},
     )  # fmt: skip
     programs, found = argparse.Namespace(eval_variables=lambda state: {}), []
-    monkeypatch.setattr(talk, "open_run", lambda workdir, overrides: (exp, programs, None, None))
+    monkeypatch.setattr(talk, "open_run", lambda *_: (exp, programs, None, None))
     monkeypatch.setattr(talk, "Generator", lambda *args, **options: None)
     monkeypatch.setattr(talk.Speaker, "whole", lambda self, texts: found.append(self.sampling) or [("", ENDED)])
     flags = "--temperature 0.7 --top-k 40 --top-p 0.9 --min-p 0.05 --repetition-penalty 1.2".split()

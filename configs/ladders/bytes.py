@@ -56,9 +56,11 @@ def get_study():
 
 
 def leaves(name, millions):
-    layers, width = SIZES[name]
-    size = {"model.num_layers": layers, "model.embed_dim": width, "model.num_heads": width // HEAD}
-    return size | {"steps": steps(millions)}
+    return size(*SIZES[name]) | {"steps": steps(millions)}
+
+
+def size(layers, width):
+    return {"model.num_layers": layers, "model.embed_dim": width, "model.num_heads": width // HEAD}
 
 
 def steps(millions):

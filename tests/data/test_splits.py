@@ -123,13 +123,13 @@ def test_images_in_both_sets_are_found_by_their_pixels(monkeypatch, caplog):
     held[2, 4, 4, 0] ^= 1
     parts = {"train": Arrays({"image": image, "label": np.arange(6, dtype=np.int32)}),
              "validation": Arrays({"image": held, "label": np.array([0, 5, 2], np.int32)})}  # fmt: skip
-    monkeypatch.setattr(DATASETS["digits"], "sources", lambda _: (*parts.values(), 6))
+    monkeypatch.setattr(DATASETS["digits"], "sources", lambda _: (*parts.values(), list("abcdef")))
     with caplog.at_level(logging.INFO, logger="bigmodel_jax"):
         report = DATASETS["digits"]().load(seed=0, batch_size=2, eval_batch_size=2).report["duplicates"]
     assert report["between"] == {"train/validation": {"exact": 2, "normalised": 2}} and report["conflicting"] == 1
     assert report["exact"] == {"train": 0, "validation": 0} and "2 are in two files" in " ".join(caplog.messages)
     monkeypatch.setattr(images, "COMPARED", 100)
-    assert DATASETS["digits"]().load(seed=0, batch_size=2, eval_batch_size=2).report == {}
+    assert DATASETS["digits"]().load(seed=0, batch_size=2, eval_batch_size=2).report == {"classes": list("abcdef")}
 
 
 def test_what_was_read_from_files_to_compare_images_is_read_once(monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""Tuning, search and lanes from the command line on real runs: linear models on digits, a dozen in one program."""
+"""Search and lanes from the command line on real runs: linear models on digits, a dozen in one program."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bigmodel_jax import cli
 from bigmodel_jax.study import runner, spec
 from bigmodel_jax.study.store import Store
 
-RATES = (1e-3, 1e-1, 10.0)
+RATES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 STUDY = dict(
     name="tuned", title="Decay, each at its best rate", source="none", seeds=(0, 1), tune_seeds=(7, 8),
     metric="validation/loss", mode="min", baseline="none",
@@ -46,12 +46,18 @@ def best(tried, variant):
 
 
 def test_each_variant_runs_at_the_rate_that_is_best_on_its_tuning_seeds(tmp_path, capsys):
-    file, found, kept = carried_out(tmp_path, tune={"optimizer.lr": RATES})
-    assert set(found["tune"]) == {(v, lr, s) for v in STUDY["variants"] for lr in RATES for s in (7, 8)}
+    walk = dict(method="walk", leaves={"optimizer.lr": RATES}, start=RATES[2])
+    file, found, kept = carried_out(tmp_path, search=walk)
     chosen = {variant: best(found["tune"], variant) for variant in STUDY["variants"]}
     assert {v: c["overrides"]["optimizer.lr"] for v, c in kept.items()} == chosen
-    assert set(chosen.values()) < set(RATES) and "none: 2 of 2 seeds" in capsys.readouterr().out
+    assert chosen["none"] > RATES[2], "the walk has gone on from where it began"
+    for variant, rate in chosen.items():
+        tried = {lr for name, lr, _ in found["tune"] if name == variant}
+        assert {(variant, lr, s) for lr in tried for s in (7, 8)} <= found["tune"].keys()
+        at = RATES.index(rate)
+        assert set(RATES[max(at - 1, 0) : at + 2]) <= tried
     assert set(found["seeds"]) == {(v, lr, s) for v, lr in chosen.items() for s in (0, 1)}
+    assert "none: 2 of 2 seeds" in capsys.readouterr().out
 
     # The same cells as processes of their own give the same rows; the same lane of another seed does not.
     store = Store(spec.read(file), tmp_path / "alone")
@@ -65,14 +71,3 @@ def test_each_variant_runs_at_the_rate_that_is_best_on_its_tuning_seeds(tmp_path
     assert (row.data_fingerprint, row.eval_fingerprint) == (together.data_fingerprint, together.eval_fingerprint)
     other = found["seeds"][cells[0].variant, chosen[cells[0].variant], 1]
     assert abs(other / row.values["validation/loss"] - 1) > 1e-3
-
-
-def test_a_search_offers_every_variant_the_same_points_and_takes_the_best(tmp_path):
-    leaves = {"optimizer.lr": {"low": 1e-3, "high": 10.0, "log": True}}
-    _, found, kept = carried_out(tmp_path, search=dict(method="random", leaves=leaves, trials=4), seeds=(0,))
-    offered = {v: {lr for name, lr, _ in found["tune"] if name == v} for v in STUDY["variants"]}
-    assert offered["none"] == offered["much"] and len(offered["none"]) == 4
-    assert all(1e-3 <= lr <= 10.0 for lr in offered["none"])
-    for variant, choice in kept.items():
-        assert choice["overrides"]["optimizer.lr"] == best(found["tune"], variant)
-        assert (variant, choice["overrides"]["optimizer.lr"], 0) in found["seeds"]
