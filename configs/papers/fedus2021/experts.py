@@ -5,8 +5,11 @@
 
 A token passes through one expert of as many hidden features as the dense layer has, so that arithmetic per token is
 the same but for the router. The paper trains T5-base with 128 experts in every other layer on C4 and reports the
-negative log-perplexity after 100,000 steps; here every layer of a decoder on Python's standard library has them, and
-the capacity is counted over the 2,048 tokens of a batch. Each variant has its best rate, found on a seed of its own.
+negative log-perplexity after 100,000 steps; here every layer of a decoder on Python's standard library has them. Each
+variant has its best rate, found on a seed of its own. Where experts have a capacity, it is counted over 16 rows, 2,048
+tokens, in evaluation too: the held-out rows stand in the order of their files, so that neighbours want the same experts
+and 9 to 15% of choices found no room at 1.25, where 0 to 5% did in training. The first two claims are therefore of
+experts that drop nothing.
 """
 
 from ml_collections import ConfigDict
@@ -27,8 +30,8 @@ def get_study():
         source="Fedus et al. 2021 (arXiv:2101.03961), table 1 and figure 4",
         base=small_decoder.base(),
         variants={
-            "dense": {}, "4 experts": switch(4, 1.25), "8 experts": switch(8, 1.25),
-            "8 experts, capacity 2": switch(8, 2.0),
+            "dense": {}, "4 experts": switch(4, 0.0), "8 experts": switch(8, 0.0),
+            "8 experts, capacity 2": switch(8, 2.0), "8 experts, capacity 1.25": switch(8, 1.25),
         },
         seeds=(0, 1, 2, 3, 4),
         metric="validation/bits_per_byte",
@@ -38,11 +41,11 @@ def get_study():
             dict(better="8 experts", worse="dense", text="Experts beat the dense layer at equal FLOPs per token"),
             dict(better="8 experts", worse="4 experts", text="More experts are better"),
             dict(
-                better="8 experts", worse="8 experts, capacity 2", margin=-0.01,
+                better="8 experts, capacity 1.25", worse="8 experts, capacity 2", margin=-0.01,
                 text="A capacity of 1.25 is enough (within 0.01 bits per byte of 2)",
             ),
         ),
-        published={"dense": -1.731, "8 experts": -1.553, "8 experts, capacity 2": -1.554},
+        published={"dense": -1.731, "8 experts, capacity 1.25": -1.553, "8 experts, capacity 2": -1.554},
         published_metric="negative log-perplexity on C4 (more is better): T5-base; Switch-base of 128 experts",
         published_source="Fedus et al. 2021, table 1 (capacity factors 1.25 and 2.0)",
         full={"experts": full(), "dense": full(experts=0)},
