@@ -46,7 +46,7 @@ def best(tried, variant):
 
 
 def test_each_variant_runs_at_the_rate_that_is_best_on_its_tuning_seeds(tmp_path, capsys):
-    walk = dict(method="walk", leaves={"optimizer.lr": RATES}, start=RATES[2])
+    walk = dict(method="walk", leaves={"optimizer.lr": RATES}, start=RATES[3])
     file, found, kept = carried_out(tmp_path, search=walk)
     chosen = {variant: best(found["tune"], variant) for variant in STUDY["variants"]}
     assert {v: c["overrides"]["optimizer.lr"] for v, c in kept.items()} == chosen
