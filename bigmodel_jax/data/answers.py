@@ -45,7 +45,7 @@ class Spans(Rows):
 
     question, context: columns. answers: column with {"text": [...], "answer_start": [...]} as in SQuAD's JSONL, empty
     lists for none; training uses the first. length: tokens of a row. stride: tokens that two windows of a context
-    share. max_question: longer questions are cut. token_types: whether rows have them (1 on the context).
+    share. max_question: longer questions are cut. token_types: whether rows have them (1 on the context; RoBERTa: 0).
 
     A window without the whole answer has start = end = 0, the place that stands for no answer.
     """
@@ -119,7 +119,7 @@ class Spans(Rows):
                 used = len(row_tokens)
                 parts["tokens"].append(row_tokens + [frame.pad] * (self.length - used))
                 parts["segments"].append([1] * used + [0] * (self.length - used))
-                parts["token_types"].append([0] * head + [1] * (used - head) + [0] * (self.length - used))
+                parts["token_types"].append([0] * head + [frame.second] * (used - head) + [0] * (self.length - used))
                 parts["start"].append(head + span[0] if span else 0)
                 parts["end"].append(head + span[1] if span else 0)
                 owner.append(row)

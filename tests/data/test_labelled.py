@@ -84,6 +84,7 @@ def test_two_texts_are_framed_as_the_library_frames_them(kind, form, tmp_path):
     rows = data.load(seed=0, batch_size=1, eval_batch_size=1).train.source.gather(np.array([0]))
     want = engine.encode(asked["question"], asked["context"])
     assert rows["tokens"][0][rows["segments"][0] > 0].tolist() == want.ids
+    assert rows["token_types"][0][rows["segments"][0] > 0].tolist() == want.type_ids
     assert ours.decode(want.ids[rows["start"][0] : rows["end"][0] + 1]).strip() == "texts"
     cut = frame_texts(ours, texts, pairs, 8, Cut())["tokens"]
     assert ((cut == ours.sep).sum(1) == {"roberta": 3, "bert": 2}[kind]).all() and cut[1, -1] == ours.sep
