@@ -6,9 +6,9 @@
     git add results/bytes_prediction.json results/studies/bytes.jsonl && git commit -m "Prediction of the 1.6M run"
     bigmodel scaling run configs/ladders/bytes.py --workdir runs/ladder --record --held-out
 
-Five widths by four lengths, after approach 3 of Hoffmann et al. 2022 (arXiv:2203.15556), then one run with 4.5 times the
-parameters and one and a half times the tokens of the largest. One learning rate for all: widths follow the smallest by
-mup (bigmodel_jax/mup.py). The dictionary has 40 MB, so that no run reads any of it twice.
+Five widths by four lengths, after approach 3 of Hoffmann et al. 2022 (arXiv:2203.15556), then one run with 4.5 times
+the parameters and one and a half times the tokens of the largest. One learning rate for all: widths follow the
+smallest by mup (bigmodel_jax/mup.py). The dictionary has 40 MB, so that no run reads any of it twice.
 
 All have one layer. Copying what stood before takes two (Elhage et al. 2021, "A Mathematical Framework for Transformer
 Circuits"), is learned at some moment of training (Olsson et al. 2022, arXiv:2209.11895), and is worth a tenth of a bit
