@@ -17,7 +17,7 @@ import numpy as np
 from bigmodel_jax.data import images, sentences, spans
 from bigmodel_jax.data.answers import Spans
 from bigmodel_jax.data.instructions import Instructions
-from bigmodel_jax.data.labelled import CausalTable, LabelledText, MaskedTable
+from bigmodel_jax.data.labelled import CausalTable, LabelledText, MaskedTable, MaskedTablePairs
 from bigmodel_jax.data.loaded import Loaded, Progress, Spec, ramp
 from bigmodel_jax.data.numeric import NumericTable
 from bigmodel_jax.data.pairs import Cmudict, Pairs
@@ -371,6 +371,7 @@ DATASETS: dict[str, Any] = {
     "table": NumericTable,
     "labelled_text": LabelledText,
     "masked_table": MaskedTable,
+    "masked_table_pairs": MaskedTablePairs,
     "causal_table": CausalTable,
     "labelled_tokens": LabelledTokens,
     "spans": Spans,

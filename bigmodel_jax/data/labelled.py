@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bigmodel_jax.data import packages, splits, tables
+from bigmodel_jax.data import packages, sentences, splits, tables
 from bigmodel_jax.data.framing import Cut, Frame, frame_texts
 from bigmodel_jax.data.loaded import Loaded, Progress, Spec, ramp
 from bigmodel_jax.data.pipeline import Pipeline
@@ -224,18 +224,27 @@ class LabelledText(Rows):
             texts = [f"{a}\n{b}" for a, b in zip(texts, table.texts(self.pair), strict=True)]
         return {"text": texts} | ({"group": table.column(self.group)} if self.group else {})
 
-    def unlabelled(self, length: int) -> tuple[Any, dict[str, Arrays], dict[str, Any]]:
-        """(tokenizer, tokens and segments [n, length] by split, report) of the texts alone, the test split left out."""
+    def unlabelled(self, length: int, stream: bool = False) -> tuple[Any, dict[str, Arrays], dict[str, Any]]:
+        """(tokenizer, tokens and segments [n, length] by split, report) of the texts alone, the test split left out.
+
+        stream: rows are cut from the texts end to end, each behind its end token, and only the last is padded.
+        """
         found, _, report = self.tables()
         tokenizer = open_tokenizer(self.tokenizer, found["train"].texts(self.text), self.vocab_size)
-        frame, room, sources = Frame.of(tokenizer), length - 2, {}
+        frame, sources = Frame.of(tokenizer), {}
         for split in found.keys() - {"test"}:
             texts = tokenizer.encode_batch(found[split].texts(self.text))
-            parts = [ids[at : at + room] for ids in texts for at in range(0, max(len(ids), 1), room)]
+            if stream:
+                whole = np.concatenate([np.append(ids, frame.end) for ids in texts])
+                parts = [whole[at : at + length] for at in range(0, len(whole), length)]
+            else:
+                room = length - 2
+                cut = [ids[at : at + room] for ids in texts for at in range(0, max(len(ids), 1), room)]
+                parts = [np.array([frame.start, *part, frame.end]) for part in cut]
             tokens = np.full((len(parts), length), frame.pad, np.int32)
             for row, part in enumerate(parts):
-                tokens[row, : len(part) + 2] = [frame.start, *part, frame.end]
-            used = np.array([len(part) + 2 for part in parts])
+                tokens[row, : len(part)] = part
+            used = np.array([len(part) for part in parts])
             sources[split] = Arrays(
                 {"tokens": tokens, "segments": (np.arange(length) < used[:, None]).astype(np.int32)}
             )
@@ -247,13 +256,15 @@ class MaskedTable(LabelledText):
     """The training rows of a `labelled_text` data set without their labels, for the objective "masked_lm".
 
     The same leaves give the same splits and tokenizer, so a model pretrained here has seen no held-out text. Texts
-    longer than a row go on in the next. rate, whole_words, static, replace: as in `masked_text`.
+    longer than a row go on in the next. stream: rows are cut from the texts end to end and hold no padding.
+    rate, whole_words, static, replace: as in `masked_text`.
     """
 
     rate: float = 0.15
     whole_words: bool = False
     static: bool = False
     replace: tuple = (0.8, 0.1)
+    stream: bool = False
 
     def slots(self) -> int:
         """Masked positions a row can hold."""
@@ -266,16 +277,41 @@ class MaskedTable(LabelledText):
         return fields | {"masked_weights": ((self.slots(),), "float32")}
 
     def load(self, *, seed: int, batch_size: int | tuple, eval_batch_size: int, progress: Progress = None) -> Loaded:
-        tokenizer, sources, report = self.unlabelled(self.length)
+        tokenizer, sources, report = self.unlabelled(self.length, self.stream)
+        return loaded(
+            sources, seed, batch_size, eval_batch_size, (self.masks(tokenizer),), tokenizer=tokenizer, report=report
+        )
+
+    def masks(self, tokenizer: Any) -> MaskTokens:
+        """Errors: InputError for a tokenizer without a mask token."""
         if tokenizer.mask is None:
             raise InputError(f"masked LM needs a tokenizer with a mask token; '{self.tokenizer}' has none")
         special = tuple(int(i) for i in np.flatnonzero(tokenizer.special()))
         words = tokenizer.starts_word() if self.whole_words else None
-        masks = MaskTokens(
-            tokenizer.vocab_size, tokenizer.mask, special, self.rate, self.slots(), words, self.static,
-            self.replace,
-        )  # fmt: skip
-        return loaded(sources, seed, batch_size, eval_batch_size, (masks,), tokenizer=tokenizer, report=report)
+        return MaskTokens(
+            tokenizer.vocab_size, tokenizer.mask, special, self.rate, self.slots(), words, self.static, self.replace
+        )
+
+
+@dataclass(frozen=True)
+class MaskedTablePairs(MaskedTable):
+    """As `masked_table` with `stream`, in rows of two spans, and whether the second follows the first: `masked_pairs`.
+
+    A row of `length` has two spans of about (length - 3) / 2 tokens, which may begin and end inside of a text.
+    """
+
+    def spec(self) -> Spec:
+        return super().spec() | {"token_types": ((self.length,), "int32"), "random": ((), "int32"),
+                                 "pair_weights": ((), "float32")}  # fmt: skip
+
+    def load(self, *, seed: int, batch_size: int | tuple, eval_batch_size: int, progress: Progress = None) -> Loaded:
+        tokenizer, sources, report = self.unlabelled(self.length - sentences.EXTRA, stream=True)
+        masks, sep, steps = self.masks(tokenizer), Frame.of(tokenizer).end, {}
+        for split, rows in sources.items():
+            found = rows.gather(np.arange(len(rows)))
+            sources[split] = Arrays({"tokens": found["tokens"], "weights": found["segments"].astype(np.float32)})
+            steps[split] = (sentences.NextSpan(sources[split], sep, self.static), masks)
+        return loaded(sources, seed, batch_size, eval_batch_size, steps, tokenizer=tokenizer, report=report)
 
 
 @dataclass(frozen=True)
@@ -295,16 +331,20 @@ class CausalTable(LabelledText):
 
 
 def loaded(
-    sources: dict[str, Any], seed: int, batch_size: int | tuple, eval_batch_size: int, transforms: tuple = (),
-    **more: Any,
+    sources: dict[str, Any], seed: int, batch_size: int | tuple, eval_batch_size: int,
+    transforms: tuple | Mapping[str, tuple] = (), **more: Any,
 ) -> Loaded:  # fmt: skip
-    """Pipelines over in-memory rows: "train" shuffled, every other split read once in order."""
+    """Pipelines over in-memory rows: "train" shuffled, every other split read once in order.
+
+    transforms: of all splits, or by split.
+    """
+    asked = transforms if isinstance(transforms, Mapping) else dict.fromkeys(sources, transforms)
     evals = {
-        name: Pipeline(source, eval_batch_size, seed, transforms, shuffle=False)
+        name: Pipeline(source, eval_batch_size, seed, asked[name], shuffle=False)
         for name, source in sources.items()
         if name != "train"
     }
     tokenizer = more.get("tokenizer")
     vocab_size = tokenizer.vocab_size if tokenizer is not None else 0
-    train = Pipeline(sources["train"], ramp(batch_size), seed, transforms)
+    train = Pipeline(sources["train"], ramp(batch_size), seed, asked["train"])
     return Loaded(train, evals, vocab_size=vocab_size, **more)

@@ -10,7 +10,7 @@ from tokenizers import models, pre_tokenizers, processors, trainers
 
 from bigmodel_jax.data.answers import Spans
 from bigmodel_jax.data.framing import Cut, fit_pair, frame_texts
-from bigmodel_jax.data.labelled import CausalTable, LabelledText, MaskedTable
+from bigmodel_jax.data.labelled import CausalTable, LabelledText, MaskedTable, MaskedTablePairs
 from bigmodel_jax.data.tokenizer import Bytes, load_tokenizer
 from bigmodel_jax.errors import InputError
 
@@ -179,3 +179,26 @@ def test_the_same_rows_without_labels_for_pretraining(tmp_path):
     assert {tuple(row) for row in causal.train.source.gather(np.arange(len(causal.train.source)))["tokens"]} == {
         tuple(row) for row in longer.train.source.gather(np.arange(len(longer.train.source)))["tokens"]
     }
+
+
+def test_masked_rows_end_to_end_hold_every_text_once_and_pairs_come_from_them(tmp_path):
+    texts = [f"text number {n} is {'long ' * (n % 7)}" for n in range(60)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"text": t, "label": "ab"[n % 2]}) + "\n" for n, t in enumerate(texts)))
+    leaves = dict(train=str(file), tokenizer="bpe", vocab_size=340, length=32, validation_share=0.2)
+    sizes = dict(seed=0, batch_size=4, eval_batch_size=4)
+    found = MaskedTable(**leaves, stream=True).load(**sizes)
+    rows = found.train.source.gather(np.arange(len(found.train.source)))
+    kept = rows["tokens"][rows["segments"] > 0]
+    assert (rows["segments"][:-1] == 1).all()
+    said = found.tokenizer.decode([int(i) for i in kept if i != found.tokenizer.eos])
+    assert sum(len(t) for t in texts) > len(said) and all(said.count(f"number {n} is") <= 1 for n in range(60))
+    assert sum(f"number {n} is" in said for n in range(60)) == int((kept == found.tokenizer.eos).sum()) == 48
+    alone = MaskedTable(**leaves).load(**sizes)
+    assert len(alone.train.source) > len(found.train.source)
+
+    pairs = MaskedTablePairs(**leaves, static=True).load(**sizes)
+    batch = pairs.train.batch(0)
+    assert batch["tokens"].shape == (4, 32) and set(batch["token_types"].ravel()) == {0, 1}
+    many = np.concatenate([pairs.train.batch(n)["random"] for n in range(40)])
+    assert 0.35 < many.mean() < 0.65
