@@ -318,12 +318,14 @@ class MaskedTablePairs(MaskedTable):
 class CausalTable(LabelledText):
     """As `masked_table`, for the objective "causal_lm"."""
 
+    stream: bool = False
+
     def spec(self) -> Spec:
         row: Any = ((self.length,), "int32")
         return {"tokens": row, "targets": row, "weights": (row[0], "float32"), "bytes": (row[0], "float32")}
 
     def load(self, *, seed: int, batch_size: int | tuple, eval_batch_size: int, progress: Progress = None) -> Loaded:
-        tokenizer, sources, report = self.unlabelled(self.length + 1)
+        tokenizer, sources, report = self.unlabelled(self.length + 1, self.stream)
         texts = {split: Arrays({"tokens": source.gather(np.arange(len(source)))["tokens"]})
                  for split, source in sources.items()}  # fmt: skip
         shift = (NextToken(Frame.of(tokenizer).pad), TargetBytes(tokenizer.byte_lengths()))

@@ -3,7 +3,8 @@
     bigmodel study run configs/papers/devlin2019/directions.py --workdir runs/directions --processes 2
     bigmodel study report configs/papers/devlin2019/directions.py --workdir runs/directions
 
-As configs/papers/devlin2019/masking.py: pretrained on reviews, fine-tuned to judge them. The left-to-right model is the
+As configs/papers/devlin2019/masking.py, whose runs with 80/10/10 are the masked ones here: in the same workdir they are
+not made twice. The left-to-right model is the
 same network with a causal mask in both stages, as in the paper. It learns from every token and the masked one from 15%
 of them in as many steps, as there.
 """
@@ -18,7 +19,7 @@ def get_study():
     left_to_right = masking.PRETRAIN | {
         "model": causal["model"] | {"head": "lm", "dropout": 0.0, "embed_dropout": 0.0},
         "objective": {"name": "causal_lm"},
-        "data": masking.PRETRAIN["data"] | {"name": "causal_table"},
+        "data": {"name": "causal_table", "stream": True, **masking.TEXTS},
     }
     for leaf in ("model.head", "model.dropout", "model.embed_dropout"):
         del left_to_right[leaf]
