@@ -68,10 +68,10 @@ def test_killed_twice_equals_unbroken(kind, home):
     assert result(broken)["state_hash"] == result(whole)["state_hash"]
     assert result(broken)["eval"] == result(whole)["eval"]
     assert curve(broken) == curve(whole)
-    # Control: another order of the data is another state.
-    other = home / f"{kind}-other"
-    assert drive(home, config, other, NEVER, "--config.seed=4").returncode == 0
-    assert result(other)["state_hash"] != result(whole)["state_hash"]
+    if kind == "resnet":  # Control, where it is cheapest: another order of the data is another state.
+        other = home / f"{kind}-other"
+        assert drive(home, config, other, NEVER, "--config.seed=4").returncode == 0
+        assert result(other)["state_hash"] != result(whole)["state_hash"]
 
 
 @pytest.mark.parametrize("moment", [("step", "5"), ("eval", "6"), ("save", "4"), ("compile", "0")])

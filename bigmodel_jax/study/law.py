@@ -29,6 +29,8 @@ STARTS = {  # of log E, log A, log B, alpha, beta (Hoffmann et al. 2022, section
 REFINED = 24
 """Starts that are followed to their optimum: the best of the grid."""
 DELTA = 1e-3
+SAME_BUDGET = 0.05
+"""Log FLOPs by which runs of one budget may differ."""
 
 
 @dataclass(frozen=True)
@@ -240,24 +242,31 @@ def bootstrap(
 
 @dataclass(frozen=True)
 class Valley:
-    """The best size at one budget. inside: whether it lies between the smallest and the largest that were run."""
+    """The best size at one budget, and the parabola whose bottom it is: loss + bend log(N / parameters)^2.
+
+    inside: whether it lies between the smallest and the largest that were run.
+    """
 
     flops: float
     parameters: float
     loss: float
+    bend: float
     inside: bool
+
+    def __call__(self, parameters: Any) -> np.ndarray:
+        return self.loss + self.bend * np.log(np.asarray(parameters, float) / self.parameters) ** 2
 
 
 def isoflop(flops: Sequence[float], parameters: Sequence[float], losses: Sequence[float]) -> tuple[list[Valley], float]:
     """(best size per budget, exponent a of N_best ~ C^a): a parabola in log N through the runs of each budget, then a
-    line through their bottoms (Hoffmann et al. 2022, approach 2). Runs within 5% are of one budget.
+    line through their bottoms (Hoffmann et al. 2022, approach 2). Runs that are 5% apart or less are of one budget.
 
     Raises:
       InputError: a budget with fewer than three sizes, or whose losses have no bottom; fewer than two budgets.
     """
     c, n, y = (np.asarray(x, float) for x in (flops, parameters, losses))
     order = np.argsort(c)
-    cuts = np.flatnonzero(np.diff(np.log(c[order])) > 0.05) + 1
+    cuts = np.flatnonzero(np.diff(np.log(c[order])) > SAME_BUDGET) + 1
     valleys = []
     for group in np.split(order, cuts):
         budget, x = float(np.exp(np.mean(np.log(c[group])))), np.log(n[group])
@@ -268,7 +277,7 @@ def isoflop(flops: Sequence[float], parameters: Sequence[float], losses: Sequenc
             raise InputError(f"losses at {budget:.3g} FLOPs have no smallest; run more sizes")
         bottom = -b / (2 * a)
         inside = bool(x.min() <= bottom <= x.max())
-        valleys.append(Valley(budget, float(np.exp(bottom)), float(np.polyval(fitted, bottom)), inside))
+        valleys.append(Valley(budget, float(np.exp(bottom)), float(np.polyval(fitted, bottom)), float(a), inside))
     if len(valleys) < 2:
         raise InputError("the best size by budget needs at least two budgets")
     exponent = np.polyfit(np.log([v.flops for v in valleys]), np.log([v.parameters for v in valleys]), 1)[0]

@@ -22,7 +22,7 @@ COLOURS = ("#2b7bba", "#d2601a", "#1f9068", "#b8569a", "#8f7a1e", "#7b68c8", "#c
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)), (0, (3, 3, 1, 3)))
 CURVES = 8  # curves in one plot; of more variants, the best and the baseline
-_GRID = "#8894a0"
+GRID = "#8894a0"
 Draw = Callable[[Any], None]
 
 
@@ -42,7 +42,7 @@ def style(place: int) -> dict[str, Any]:
 def _named_rows(axis: Any, names: Sequence[str]) -> None:
     axis.set_yticks(range(len(names)), [short(name) for name in names], fontsize=9 if len(names) < 12 else 8)
     axis.set_ylim(len(names) - 0.5, -0.5)
-    axis.grid(axis="x", color=_GRID, alpha=0.3, linewidth=0.6)
+    axis.grid(axis="x", color=GRID, alpha=0.3, linewidth=0.6)
     axis.tick_params(axis="y", length=0)
     axis.spines["left"].set_visible(False)
 
@@ -92,7 +92,7 @@ def seeds(variants: Sequence[Mapping[str, Any]], metric: str, mode: str, axis: A
         shared = sorted({seed for v in variants for seed in v["values"]}) if len(variants) <= 12 else []
         for seed in shared:
             points = [(v["values"].get(seed, math.nan), y) for y, v in enumerate(variants)]
-            axis.plot(*zip(*points, strict=True), color=_GRID, alpha=0.35, linewidth=0.7, zorder=1)
+            axis.plot(*zip(*points, strict=True), color=GRID, alpha=0.35, linewidth=0.7, zorder=1)
         for y, v in enumerate(variants):
             look = style(y)
             runs = np.array([x for x in v["values"].values() if math.isfinite(x)])
@@ -175,7 +175,7 @@ def curves(variants: Sequence[Mapping[str, Any]], metric: str, baseline: str, mo
             early.append(finite[min(len(finite) - 1, max(1, len(finite) // 6))])
             late.append(finite[-1])
     axis.set(xlabel="step", ylabel=_lines(metric))
-    axis.grid(color=_GRID, alpha=0.3, linewidth=0.6)
+    axis.grid(color=GRID, alpha=0.3, linewidth=0.6)
     if late:
         # The first evaluations are far away from where variants differ.
         pad = 0.08 * (max(early + late) - min(early + late)) or 0.05 * abs(late[0]) or 1.0
@@ -219,7 +219,7 @@ def tuned(points: Mapping[str, Sequence[Mapping[str, Any]]], leaf: str, metric: 
         pad = 0.12 * (high - low) or 0.05 * abs(high) or 1.0
         axis.set_ylim(low - pad, high + pad)
     axis.set(xlabel=leaf, ylabel=_lines(metric))
-    axis.grid(color=_GRID, alpha=0.3, linewidth=0.6)
+    axis.grid(color=GRID, alpha=0.3, linewidth=0.6)
     _legend(axis)
 
 

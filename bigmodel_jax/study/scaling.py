@@ -3,7 +3,8 @@
 plan    the rungs with their sizes, or variants to put into the study's file (--tokens-per-parameter, --flops)
 run     every rung but those held out, then the prediction of these, to results/<study>_prediction.json;
         with --held-out the held-out runs themselves, once the prediction is committed
-fit     the law of what has been run, against the held-out runs where they are there
+fit     the law of what has been run, against the held-out runs where they are there; draws law.png, and isoflop.png
+        where each budget has several sizes, into the workdir
 target  a config file for the best run at --flops
 """
 
@@ -12,12 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bigmodel_jax.errors import InputError, RunError
-from bigmodel_jax.study import ladder, law, runner, spec
+from bigmodel_jax.measures.plots import figure
+from bigmodel_jax.study import ladder, law, law_plots, runner, spec
 from bigmodel_jax.study.ladder import Point
 from bigmodel_jax.study.store import Cell, Store, repository
 
@@ -168,7 +171,8 @@ def _fit(args: argparse.Namespace, store: Store) -> None:
 
 def _tell(store: Store, fitted: law.Fitted, made: Sequence[Point]) -> None:
     planned, _, held = _divided(store)
-    print(f"{len(made)} runs, {store.study.metric} = E + A / N^alpha + B / D^beta")
+    metric = store.study.metric
+    print(f"{len(made)} runs, {metric} = E + A / N^alpha + B / D^beta")
     for name in law.NAMES:
         low, high = fitted.interval(name)
         print(f"  {name:6} {getattr(fitted.law, name):10.4g}   [{low:.4g}, {high:.4g}]")
@@ -177,17 +181,25 @@ def _tell(store: Store, fitted: law.Fitted, made: Sequence[Point]) -> None:
         print(f"best size grows as FLOPs^{exponent:.2f}: " + ", ".join(
             f"{v.flops:.2g} -> {ladder.short(v.parameters)}{'' if v.inside else ' (outside)'}" for v in valleys
         ))  # fmt: skip
+        _draw(store, "isoflop.png", partial(law_plots.budgets, valleys, made, metric))
     except InputError as error:
         print(f"no parabolas: {error}")
-    seen = {p.variant: p for p in ladder.measured(planned, store.rows(held), store.study.metric)}
-    for point in planned:
-        if point.variant in {cell.variant for cell in held}:
-            loss, low, high = fitted.predict(point.parameters, point.tokens)
-            text = f"{point.variant}: predicted {loss:.4f} [{low:.4f}, {high:.4f}], {(high - low) / loss:.1%} wide"
-            if point.variant in seen:
-                found = seen[point.variant].loss
-                text += f"; measured {found:.4f}, off by {loss / found - 1:+.2%}"
-            print(text)
+    seen = {p.variant: p for p in ladder.measured(planned, store.rows(held), metric)}
+    ahead = [point for point in planned if point.variant in {cell.variant for cell in held}]
+    for point in ahead:
+        loss, low, high = fitted.predict(point.parameters, point.tokens)
+        text = f"{point.variant}: predicted {loss:.4f} [{low:.4f}, {high:.4f}], {(high - low) / loss:.1%} wide"
+        if point.variant in seen:
+            found = seen[point.variant].loss
+            text += f"; measured {found:.4f}, off by {loss / found - 1:+.2%}"
+        print(text)
+    _draw(store, "law.png", partial(law_plots.lengths, fitted, made, ahead, seen, metric))
+
+
+def _draw(store: Store, name: str, draw: Callable[[Any], None]) -> None:
+    path = store.workdir / name
+    path.write_bytes(figure(draw, (6.4, 4.6)))
+    print(f"drawn: {path}")
 
 
 def _target(args: argparse.Namespace, store: Store) -> None:

@@ -25,7 +25,8 @@ def get_study():
         claims=(dict(better="fast", worse="slow", text="Fast is better"),),
         base=dict(
             steps=3, batch_size=8, objective=dict(name="classification"), optimizer=dict(name="adamw", lr=1e-2),
-            schedule=dict(name="constant"), log=dict(tensorboard=False), eval=dict(batch_size=8),
+            schedule=dict(name="constant"), log=dict(tensorboard=False), eval=dict(batch_size=18),
+            checkpoint=dict(every=0),
             model=dict(name="encoder", num_layers=1, embed_dim=16, num_heads=2, max_length=16, head="classes"),
             data=dict(
                 name="labelled_text", train={table!r}, folds={folds}, validation_share=0.0, length=16,

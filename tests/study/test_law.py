@@ -87,6 +87,9 @@ def test_intervals_cover_as_often_as_they_say(simulated):
 def test_the_best_size_per_budget():
     n, d = ladder(7, spread=2.0)
     valleys, exponent = laws.isoflop(6 * n * d, n, CHINCHILLA(n, d))
+    first = np.isclose(6 * n * d, BUDGETS[0])
+    parabola = np.poly1d(np.polyfit(np.log(n[first]), CHINCHILLA(n, d)[first], 2))
+    np.testing.assert_allclose(valleys[0](n[first]), parabola(np.log(n[first])), rtol=1e-9)
     assert len(valleys) == len(BUDGETS) and all(v.inside for v in valleys)
     assert exponent == pytest.approx(CHINCHILLA.beta / (CHINCHILLA.alpha + CHINCHILLA.beta), abs=0.01)
     for valley, budget in zip(valleys, BUDGETS, strict=True):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from bigmodel_jax import cli, experiment
 from bigmodel_jax.errors import InputError
-from bigmodel_jax.study import ladder, runner, spec
+from bigmodel_jax.study import ladder, law, law_plots, runner, spec
 from bigmodel_jax.study.law import Law
 
 LAW = Law(0.9, 12.0, 30.0, 0.28, 0.3)
@@ -105,6 +108,7 @@ def test_the_prediction_comes_first(planned, monkeypatch, capsys):
     capsys.readouterr()
     scaling(folder, monkeypatch, "run", "--held-out")
     assert "d long: predicted" in (out := capsys.readouterr().out) and "off by" in out
+    assert (folder / "work" / "law.png").read_bytes().startswith(b"\x89PNG")
     # The held-out run is there now: the same prediction stands, another is refused.
     scaling(folder, monkeypatch, "run")
     assert prediction.read_text() == written
@@ -117,3 +121,27 @@ def test_the_prediction_comes_first(planned, monkeypatch, capsys):
     assert 6 * ladder.parameters(raw) * ladder.tokens(raw) == pytest.approx(1e11, rel=0.02)
     assert ladder.parameters(raw) == pytest.approx(LAW.best(1e11)[0], rel=0.5)
     assert raw["model"]["embed_dim"] == 4 * raw["model"]["num_heads"]
+
+
+def test_plots_have_every_run_the_law_and_the_prediction_beside_what_was_measured():
+    sizes, lengths = (1e4, 3e4, 1e5), (1e6, 3e6, 1e7)
+    made = [ladder.Point(f"{n} {d}", int(n), int(d), 0, float(LAW(n, d))) for n in sizes for d in lengths]
+    held = [ladder.Point("big", 10**6, 3 * 10**7)]
+    fitted = law.fit_with_intervals(*zip(*[(p.parameters, p.tokens, p.loss) for p in made], strict=True), resamples=20)
+    axis = Figure().add_subplot()
+    law_plots.lengths(fitted, made, held, {"big": dataclasses.replace(held[0], loss=1.5)}, "loss", axis)
+    lines = [np.array(line.get_xydata(), float) for line in axis.lines]
+    dots = np.concatenate([xy for line, xy in zip(axis.lines, lines, strict=True) if line.get_linestyle() == "None"])
+    assert {(p.tokens, p.loss) for p in made} <= set(map(tuple, dots)) and (3e7, 1.5) in set(map(tuple, dots))
+    curves = [xy for xy in lines if len(xy) == 100]
+    np.testing.assert_allclose([xy[-1, 1] for xy in curves], LAW([*sizes, 1e6], curves[0][-1, 0]), rtol=1e-3)
+    assert "measured: 1.5" in [text.get_text() for text in axis.get_legend().get_texts()]
+
+    n = np.array([1e4, 2e4, 4e4])
+    runs = [ladder.Point("", int(x), int(c / 6 / x), 0, float(LAW(x, c / 6 / x))) for c in (3e11, 3e12) for x in n]
+    valleys, _ = law.isoflop(*zip(*[(p.flops, p.parameters, p.loss) for p in runs], strict=True))
+    axis = Figure().add_subplot()
+    law_plots.budgets(valleys, runs, "loss", axis)
+    [bottoms] = [line for line in axis.lines if line.get_label() == "best sizes"]
+    assert list(bottoms.get_xdata()) == [v.parameters for v in valleys]
+    assert sum(len(line.get_xdata()) for line in axis.lines if line.get_linestyle() == "None") == len(runs)
