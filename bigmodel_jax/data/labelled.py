@@ -295,10 +295,18 @@ class MaskedTable(LabelledText):
 
 @dataclass(frozen=True)
 class MaskedTablePairs(MaskedTable):
-    """As `masked_table` with `stream`, in rows of two spans, and whether the second follows the first: `masked_pairs`.
+    """As `masked_table`, in rows of two spans, and whether the second follows the first: see `masked_pairs`.
 
     A row of `length` has two spans of about (length - 3) / 2 tokens, which may begin and end inside of a text.
+
+    Errors: InputError for stream=False.
     """
+
+    stream: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.stream:
+            raise InputError("data 'masked_table_pairs' cuts texts end to end; stream=False is for 'masked_table'")
 
     def spec(self) -> Spec:
         return super().spec() | {"token_types": ((self.length,), "int32"), "random": ((), "int32"),

@@ -202,3 +202,5 @@ def test_masked_rows_end_to_end_hold_every_text_once_and_pairs_come_from_them(tm
     assert batch["tokens"].shape == (4, 32) and set(batch["token_types"].ravel()) == {0, 1}
     many = np.concatenate([pairs.train.batch(n)["random"] for n in range(40)])
     assert 0.35 < many.mean() < 0.65
+    with pytest.raises(InputError, match="stream=False is for 'masked_table'"):
+        MaskedTablePairs(**leaves, stream=False)

@@ -18,9 +18,8 @@ LOSS = {"model.pooler": True, "model.nsp": True, "model.pooling": "mean"}
 
 def get_study():
     rows = masking.PRETRAIN
-    spans = {key: value for key, value in rows["data"].items() if key != "stream"} | {"name": "masked_table_pairs"}
-    pairs = rows | {"data": spans, "model.token_types": 2}
     types = {"model.token_types": 2}
+    pairs = rows | types | {"data": rows["data"] | {"name": "masked_table_pairs"}}
     full = {name: bert.get_config("base") for name in ("with", "without")}
     full["with"].data.name = "masked_pairs"
     full["with"].model.update(pooler=True, nsp=True)
