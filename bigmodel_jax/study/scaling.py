@@ -90,6 +90,9 @@ def _fitted(store: Store, planned: Sequence[Point], cells: Sequence[Cell]) -> tu
     lost = [f"{row.variant} ({row.status})" for row in rows if row.status != "done"]
     if lost:
         print(f"not part of the fit: {', '.join(lost)}")
+    if not made:
+        told = "" if store.recorded else "; --record counts those in results/studies"
+        raise InputError(f"study '{store.study.name}' has no finished run in {store.workdir}: run it first{told}")
     return law.fit_with_intervals(*zip(*[(p.parameters, p.tokens, p.loss) for p in made], strict=True)), made
 
 
@@ -198,6 +201,7 @@ def _tell(store: Store, fitted: law.Fitted, made: Sequence[Point]) -> None:
 
 def _draw(store: Store, name: str, draw: Callable[[Any], None]) -> None:
     path = store.workdir / name
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(figure(draw, (6.4, 4.6)))
     print(f"drawn: {path}")
 

@@ -2,7 +2,7 @@
 
     python benchmarks/gcide_text.py runs/gcide.jsonl
     bigmodel scaling run configs/ladders/copying.py --workdir runs/copying --record
-    bigmodel scaling fit configs/ladders/copying.py --workdir runs/copying
+    bigmodel scaling fit configs/ladders/copying.py --workdir runs/copying --record
 
 What came out: the 20 runs lie 1.7% (root mean squares) from the best law and one of them 5.5%, so that its interval for
 a run of 1.6M parameters and 16M bytes was 16.5% wide, where 4% were wanted; that run was not made. Of the two largest

@@ -85,6 +85,8 @@ def test_sizes_and_lengths_are_counted(planned, monkeypatch, capsys):
 def test_the_prediction_comes_first(planned, monkeypatch, capsys):
     folder, points = planned
     prediction = folder / "results" / "rungs_prediction.json"
+    with pytest.raises(InputError, match="'rungs' has no finished run in .*work: run it first; --record"):
+        scaling(folder, monkeypatch, "fit")
     with pytest.raises(InputError, match="no prediction of d long"):
         scaling(folder, monkeypatch, "run", "--held-out")
     subprocess.run(["git", "init", "-q", str(folder)], check=True)
