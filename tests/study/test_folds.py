@@ -45,7 +45,8 @@ def written(folder) -> str:
     return str(file)
 
 
-def test_a_study_of_folds_goes_on_and_is_judged_fold_by_fold(tmp_path, capsys):
+def test_a_study_of_folds_goes_on_and_is_judged_fold_by_fold(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")  # runs on one device
     file, workdir = written(tmp_path), tmp_path / "w"
     words = ["study", "run", file, "--workdir", str(workdir)]
     cli.run([*words, "--only", "slow"])
